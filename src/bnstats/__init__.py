@@ -1,0 +1,56 @@
+"""Batch-norm statistics for PyTorch: exact, checked, fast.
+
+The map:
+
+- :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
+  average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
+- :func:`recompute_population_stats`: replace a trained model's running statistics by the
+  population statistics of its data; :func:`measure_population_stats` only measures.
+- :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
+- :mod:`bnstats.errors`: what is raised, each error also a builtin one.
+"""
+
+from bnstats.errors import BnstatsError, BnstatsWarning
+from bnstats.layers import (
+    CumulativeBatchNorm,
+    CumulativeBatchNorm1d,
+    CumulativeBatchNorm2d,
+    CumulativeBatchNorm3d,
+    EMABatchNorm,
+    EMABatchNorm1d,
+    EMABatchNorm2d,
+    EMABatchNorm3d,
+)
+from bnstats.moments import Moments
+from bnstats.recompute import (
+    Drift,
+    LayerStats,
+    PopulationStats,
+    Recalibration,
+    RunningStats,
+    measure_population_stats,
+    recompute_population_stats,
+)
+
+__all__ = [
+    "BnstatsError",
+    "BnstatsWarning",
+    "CumulativeBatchNorm",
+    "CumulativeBatchNorm1d",
+    "CumulativeBatchNorm2d",
+    "CumulativeBatchNorm3d",
+    "Drift",
+    "EMABatchNorm",
+    "EMABatchNorm1d",
+    "EMABatchNorm2d",
+    "EMABatchNorm3d",
+    "LayerStats",
+    "Moments",
+    "PopulationStats",
+    "Recalibration",
+    "RunningStats",
+    "measure_population_stats",
+    "recompute_population_stats",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,11 @@
+"""Weighting policies: what the core's recursion weighs a new batch with.
+
+Each is a pure function of counters, which are numbers where the host knows them and tensors
+where it must not wait for them.
+"""
+
+from bnstats.accumulators.cumulative import cumulative
+from bnstats.accumulators.exponential import exponential
+from bnstats.accumulators.per_batch import per_batch
+
+__all__ = ["cumulative", "exponential", "per_batch"]

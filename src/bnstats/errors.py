@@ -1,0 +1,33 @@
+"""What bnstats raises and warns with: every error is also the builtin that fits it."""
+
+
+class BnstatsError(Exception):
+    """Base of everything that bnstats raises on its own account."""
+
+
+class InvalidValueError(BnstatsError, ValueError):
+    """An argument or a batch has the right type and a value that cannot be used."""
+
+
+class InvalidTypeError(BnstatsError, TypeError):
+    """An argument or a batch is of a type that cannot be used."""
+
+
+class NonFiniteStatisticsError(BnstatsError, ArithmeticError):
+    """A batch's statistics are NaN or infinite."""
+
+
+class TooFewValuesError(BnstatsError, ValueError):
+    """There are fewer values than the statistic asked for needs."""
+
+
+class LayerMismatchError(BnstatsError, ValueError):
+    """Statistics and model do not have the same layers, or not the same channels."""
+
+
+class StatsFileError(BnstatsError, ValueError):
+    """A file is not a readable bnstats statistics file."""
+
+
+class BnstatsWarning(UserWarning):
+    """Something that was done as asked, and that is seldom what was wanted."""

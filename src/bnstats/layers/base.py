@@ -1,0 +1,148 @@
+"""What every layer of the family shares: checks, the training forward, the guarded update."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.moments import Number, Weights, fold
+from bnstats.private import in_backward_pass
+
+
+class RunningStatsBatchNorm(_BatchNorm):
+    """BatchNorm whose running statistics follow the core's recursion.
+
+    A subclass says with :meth:`_weights` how a batch is weighed. Training normalizes by the
+    batch's own statistics and evaluation by the running ones, both with
+    :func:`torch.nn.functional.batch_norm`, as ``nn.BatchNorm`` does.
+    """
+
+    _input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        name = type(self).__name__
+        _check_num_features(name, num_features)
+        _check_eps(name, eps)
+        _check_momentum(name, momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
+    @abstractmethod
+    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:
+        """Return the weights of a batch of so many values.
+
+        ``read`` gives a counter as a number where the host knows it, else as the tensor it is.
+        """
+
+    def _count(self, batch_values: int, counted: Tensor | int) -> None:  # noqa: ARG002
+        """Count the batch just folded in; ``counted`` is 1, or 0 where it was not finite."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(counted)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        expected = self._input_dims
+        if input.dim() not in expected or input.shape[1] != self.num_features:
+            dims = " or ".join(f"{n}d" for n in expected)
+            raise InvalidValueError(
+                f"{type(self).__name__}({self.num_features}): expected a {dims} input with "
+                f"{self.num_features} channels in axis 1, got shape {tuple(input.shape)}"
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize; in training also move the running statistics."""
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._check_input_dim(input)
+            return self._forward_training(input, self.running_mean)
+        return super().forward(input)
+
+    def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        dtype = running_mean.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            # The batch's statistics come out in the parameters' dtype; half is too coarse.
+            dtype = torch.float32
+            weight = None if weight is None else weight.float()
+            bias = None if bias is None else bias.float()
+        # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
+        # pass over the input. Autograd keeps them, so they are not written to afterwards.
+        batch = torch.zeros(2, self.num_features, dtype=dtype, device=running_mean.device)
+        batch_mean, batch_var = batch.unbind()
+        output = F.batch_norm(input, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
+        # A batch of no values has no statistics; a recomputed one has been counted.
+        if input.numel() > 0 and not in_backward_pass():
+            with torch.no_grad():
+                self._track(batch, input.numel() // self.num_features)
+        return output
+
+    def _track(self, batch: Tensor, batch_values: int) -> None:
+        """Fold a batch's (mean, unbiased variance) in, unless it is not finite."""
+        running_mean, running_var = self.running_mean, self.running_var
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(batch.dtype), running_var.to(batch.dtype)
+        if batch.is_cpu and not torch.compiler.is_compiling():
+            # On CPU the host knows every number; numbers are cheaper than small tensors.
+            if not math.isfinite(torch.linalg.vector_norm(batch, math.inf)):
+                return
+            weights = self._weights(batch_values, int)
+            mean, var = fold(mean, var, batch[0], batch[1], weights)
+            counted: Tensor | int = 1
+        else:
+            # The host must not wait for the device: the choice is made there.
+            finite = batch.isfinite().all()
+            weights = self._weights(batch_values, lambda counter: counter)
+            new_mean, new_var = fold(mean, var, batch[0], batch[1], weights)
+            mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
+            counted = finite.long()
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+        self._count(batch_values, counted)
+
+
+def _check_num_features(name: str, num_features: int) -> None:
+    if isinstance(num_features, bool) or not isinstance(num_features, int):
+        raise InvalidTypeError(
+            f"{name}: num_features: expected an int, got {type(num_features).__name__}"
+        )
+    if num_features < 1:
+        raise InvalidValueError(f"{name}: num_features: expected 1 or more, got {num_features}")
+
+
+def _check_number(name: str, argument: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
+
+
+def _check_eps(name: str, eps: float) -> None:
+    _check_number(name, "eps", eps)
+    if not 0 < eps < math.inf:
+        raise InvalidValueError(f"{name}: eps: expected a positive number, got {eps}")
+
+
+def _check_momentum(name: str, momentum: float | None) -> None:
+    if momentum is None:
+        return
+    _check_number(name, "momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise InvalidValueError(
+            f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "
+            f"(PyTorch's convention), got {momentum}"
+        )

@@ -1,0 +1,128 @@
+"""BatchNorm with a debiased, pooled exponential moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnstats.accumulators import exponential, per_batch
+from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.moments import Number, Weights
+
+
+class EMABatchNorm(RunningStatsBatchNorm):
+    r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, with a better moving average.
+
+    Output and gradients in training are ``nn.BatchNorm``'s. The running statistics differ: for
+    batch t with mean m and unbiased variance s, ``d = m - running_mean`` and weight a::
+
+        running_mean <- running_mean + a d
+        running_var  <- (1 - a) running_var + a s [+ a (1 - a) d^2]      bracket: pooled
+        a = momentum / (1 - (1 - momentum)^t)                            debiased, else momentum
+
+    Debiased, the initial 0 and 1 have no part in the averages: they are right from the first
+    batch on, where ``nn.BatchNorm`` needs some ``3 / momentum`` batches. Pooled, running_var
+    counts the variance between batch means too, as the variance over all values does; an
+    average of within-batch variances misses it, and small batches of unlike data miss most.
+
+    A batch whose statistics are not finite changes nothing; an empty one neither. Running
+    statistics move once per training forward, also under activation checkpointing. After
+    ``module.half()`` the buffers are half, as ``nn.BatchNorm``'s, and each update is computed
+    in float32.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance before the square root.
+        momentum: weight of the new batch in the limit, in [0, 1]; None weighs batch t by 1/t.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: False keeps no running statistics; evaluation then uses the
+            batch's, as in ``nn.BatchNorm``.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        debias: take the initial state out of the average.
+        pooled: count the variance between batches.
+
+    Raises:
+        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], or
+            an input of the wrong shape.
+        InvalidTypeError: an argument that is not a number.
+
+    Note:
+        ``num_batches_tracked`` is the t above. A checkpoint from before torch 0.4.1 has none
+        (torchvision's first ImageNet weights are such); its averages are taken to have long
+        forgotten their start.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import EMABatchNorm1d
+        >>> layer = EMABatchNorm1d(2)
+        >>> _ = layer(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> layer.running_mean.tolist(), layer.running_var.tolist()
+        ([2.0, 20.0], [2.0, 200.0])
+
+    References:
+        Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167; for the debiasing,
+        Kingma and Ba (2015), "Adam", arXiv:1412.6980, section 3; for the pooled variance, Wu
+        and Johnson (2021), "Rethinking Batch in BatchNorm", arXiv:2105.07576, appendix.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        debias: bool = True,
+        pooled: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.debias = debias
+        self.pooled = pooled
+
+    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
+        assert self.num_batches_tracked is not None
+        num_batches = read(self.num_batches_tracked) + 1
+        if self.momentum is None:
+            return per_batch(num_batches, pooled=self.pooled)
+        return exponential(num_batches, self.momentum, debias=self.debias, pooled=self.pooled)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        counter = prefix + "num_batches_tracked"
+        uncounted = counter not in state_dict and prefix + "running_mean" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if uncounted and self.num_batches_tracked is not None and self.momentum:
+            # From here on the debiased weight equals momentum to float32 rounding.
+            forgotten = math.ceil(-math.log(torch.finfo(torch.float32).eps) / self.momentum)
+            self.num_batches_tracked.fill_(forgotten)
+
+    def extra_repr(self) -> str:
+        """Say the options that ``nn.BatchNorm`` has not."""
+        return f"{super().extra_repr()}, debias={self.debias}, pooled={self.pooled}"
+
+
+class EMABatchNorm1d(EMABatchNorm, nn.BatchNorm1d):
+    """:class:`EMABatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``."""
+
+    _input_dims = (2, 3)
+
+
+class EMABatchNorm2d(EMABatchNorm, nn.BatchNorm2d):
+    """:class:`EMABatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``."""
+
+    _input_dims = (4,)
+
+
+class EMABatchNorm3d(EMABatchNorm, nn.BatchNorm3d):
+    """:class:`EMABatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
+
+    _input_dims = (5,)

@@ -1,0 +1,16 @@
+"""The one place for torch's private names, each with the reason why no public one serves."""
+
+from __future__ import annotations
+
+import torch
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread is inside a backward pass of autograd.
+
+    Activation checkpointing runs the forward again from there, for both of its kinds, and no
+    public name tells so: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
+    is not its caller. torch.compile cannot trace the question, and answers it by not rerunning
+    buffer updates.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

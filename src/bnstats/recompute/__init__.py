@@ -1,0 +1,15 @@
+"""The pass over data after training: population statistics, exact and checked."""
+
+from bnstats.recompute.drift import Drift, Recalibration, RunningStats
+from bnstats.recompute.population import LayerStats, PopulationStats
+from bnstats.recompute.run import measure_population_stats, recompute_population_stats
+
+__all__ = [
+    "Drift",
+    "LayerStats",
+    "PopulationStats",
+    "Recalibration",
+    "RunningStats",
+    "measure_population_stats",
+    "recompute_population_stats",
+]

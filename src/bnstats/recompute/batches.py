@@ -1,0 +1,80 @@
+"""From a loader's batches to forwards of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+
+
+def check_loader(loader: object) -> None:
+    """Refuse what is no iterable of batches."""
+    # DataLoader and Dataset may be iterable by __getitem__ alone.
+    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
+        raise InvalidTypeError(
+            "loader: expected an iterable of batches, a DataLoader or a list say, got "
+            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
+        )
+
+
+def read_batches(
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None,
+    progress: bool,
+    device: torch.device | str | None,
+) -> Iterator[Any]:
+    """Yield the loader's batches, at most so many, on the device."""
+    total = len(loader) if isinstance(loader, Sized) else None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    with tqdm(total=total, desc="batch-norm statistics", disable=not progress) as bar:
+        for batch in islice(loader, max_batches):
+            yield move_to(batch, device)
+            bar.update()
+
+
+def default_device(model: nn.Module) -> torch.device | None:
+    """Return where the model's first parameter is, or its first buffer."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), None)
+
+
+def move_to(batch: Any, device: torch.device | str | None) -> Any:
+    """Return the batch with the tensors at any depth of mappings and sequences on the device."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: move_to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move_to(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(move_to(value, device) for value in batch)
+    return batch
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a tensor, on the first element of a sequence, or on keyword arguments."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise InvalidValueError("a batch is an empty sequence: expected its input first")
+        return default_forward(model, batch[0])
+    raise InvalidTypeError(
+        "expected a batch to be a tensor, a sequence that begins with one, or a mapping of "
+        f"keyword arguments, got {type(batch).__name__}; pass forward=lambda model, batch: ..."
+    )
+
+
+Forward = Callable[[nn.Module, Any], Any]

@@ -1,0 +1,125 @@
+"""How far running statistics are from population statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+if TYPE_CHECKING:
+    from bnstats.recompute.population import PopulationStats
+
+
+class RunningStats(NamedTuple):
+    """A layer's running mean and variance, each of shape (C,)."""
+
+    mean: Tensor
+    var: Tensor
+
+    @classmethod
+    def of(cls, layer: _BatchNorm) -> RunningStats:
+        """Return a copy of a layer's running statistics."""
+        assert layer.running_mean is not None and layer.running_var is not None
+        return cls(layer.running_mean.clone(), layer.running_var.clone())
+
+    @torch.no_grad()
+    def write_to(self, layer: _BatchNorm) -> None:
+        """Copy the values into the layer's own buffers."""
+        assert layer.running_mean is not None and layer.running_var is not None
+        layer.running_mean.copy_(self.mean)
+        layer.running_var.copy_(self.var)
+
+
+class Drift(NamedTuple):
+    """How far a layer's running statistics are from the population's; each of shape (C,).
+
+    Attributes:
+        mean_shift: running mean minus population mean, in population standard deviations.
+        var_ratio: running variance over population variance.
+        kl: Kullback-Leibler divergence, in nats, of the Gaussian with the running statistics
+            from the Gaussian with the population's: ``KL(population || running)``.
+    """
+
+    mean_shift: Tensor
+    var_ratio: Tensor
+    kl: Tensor
+
+
+def drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
+    """Compare running statistics with a population's.
+
+    A channel of no variance compares as equal (0, 1, 0) where the running value is the same,
+    else as infinitely far.
+    """
+    difference = running.mean.to(mean) - mean
+    running_var = running.var.to(var)
+    same_var = running_var == var
+    shift = torch.where(difference == 0, 0, difference / var.sqrt())
+    ratio = torch.where(same_var, 1, running_var / var)
+    squared = torch.where(difference == 0, 0, difference.square() / running_var)
+    kl = (ratio.log() + torch.where(same_var, 1, var / running_var) + squared - 1) / 2
+    return Drift(shift, ratio, kl)
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibration:
+    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
+
+    Attributes:
+        before: the running statistics that each layer had.
+        after: the population statistics that it has now, with their standard errors.
+        drift: how far the former were from the latter.
+    """
+
+    before: Mapping[str, RunningStats]
+    after: PopulationStats
+    drift: Mapping[str, Drift]
+    _layers: Mapping[str, _BatchNorm] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the running statistics from before back, bit for bit."""
+        for name, running in self.before.items():
+            running.write_to(self._layers[name])
+
+    def __str__(self) -> str:
+        """Return a table of the layers, the one with the largest divergence first."""
+        skipped = self.after.num_skipped
+        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
+        if skipped:
+            head += f", {skipped} batches with non-finite statistics skipped"
+        if not self.after:
+            return head
+        worst_first = sorted(self.drift, key=lambda name: -_mean(self.drift[name].kl))
+        width = max(len("layer"), *map(len, self.drift))
+        title = (
+            f"{'layer':<{width}}  {'channels':>8}  {'values':>12}  {'mean shift, sd':>16}  "
+            f"{'var ratio':>15}  {'KL, nats':>9}  {'stderr, sd':>10}"
+        )
+        units = (
+            f"{'':<{width}}  {'':>8}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
+            f"{'least':>7} {'most':>7}  {'mean':>9}  {'rms':>10}"
+        )
+        rows = [self._row(name, width) for name in worst_first]
+        return "\n".join([head, "", title, units, *rows])
+
+    def _row(self, name: str, width: int) -> str:
+        moved, stats = self.drift[name], self.after[name]
+        stderr = stats.mean_stderr / stats.var.sqrt()
+        return (
+            f"{name:<{width}}  {stats.num_features:>8}  {stats.count:>12,}  "
+            f"{_rms(moved.mean_shift):>7.3f}  {moved.mean_shift.abs().max():>7.3f}  "
+            f"{moved.var_ratio.min():>7.3f} {moved.var_ratio.max():>7.3f}  "
+            f"{_mean(moved.kl):>9.4f}  {_rms(stderr):>10.4f}"
+        )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,207 @@
+"""From the moments of batches to population statistics and their standard errors.
+
+An estimator works channel by channel, so that one serves a single layer or, laid end to end, a
+whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bnstats.accumulators import exponential, per_batch
+from bnstats.moments import Moments, Weights, fold
+
+EMA_MOMENTUM = 0.1
+"""Momentum of ``method="ema"``: torch's default for its layers."""
+
+
+class Estimate(NamedTuple):
+    """Population statistics per channel, each of shape (C,)."""
+
+    num_values: Tensor
+    num_batches: Tensor
+    mean: Tensor
+    var: Tensor
+    mean_stderr: Tensor
+    var_stderr: Tensor
+
+
+class Estimator(Protocol):
+    """Takes the moments of batches one by one, their counts of shape (C,).
+
+    A channel whose count is 0 in a batch does not see that batch.
+
+    Attributes:
+        averages_variances: each batch's own variance is used, so that every batch needs more
+            values than the correction.
+    """
+
+    averages_variances: bool
+
+    def add(self, batch: Moments) -> None:
+        """Take the moments of one more batch."""
+
+    def estimate(self) -> Estimate:
+        """Return what is known so far; a standard error needs two batches, else it is NaN."""
+
+
+class Spread:
+    """The spread between batches, about estimates that are known only at the end.
+
+    It keeps the weighted second-moment matrix of each batch's features ``(1, u, q)``: u is the
+    batch's mean about the first batch's mean, q a mean square. The deviation of a batch from
+    the final estimate is a linear form in the features, so its sum of squares is a quadratic
+    form in the matrix, and no second pass is needed.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.num_batches = torch.zeros_like(like)
+        self.reference = torch.zeros_like(like)
+        self.matrix = like.new_zeros(3, 3, *like.shape)
+
+    def offset(self, batch: Moments) -> Tensor:
+        """Return u, the batch's mean about the first one that the channel saw."""
+        first = (self.num_batches == 0) & (batch.count > 0)
+        self.reference = torch.where(first, batch.mean, self.reference)
+        return batch.mean - self.reference
+
+    def add(self, offset: Tensor, q: Tensor, weight: Tensor) -> None:
+        """Add one batch's features; a weight of 0 leaves the channel out."""
+        self.num_batches += weight > 0
+        features = torch.stack([torch.ones_like(offset), offset, q])
+        self.matrix += (weight * features)[:, None] * features
+
+    def sum_of_squares(self, constant: Tensor, of_offset: Tensor, of_q: Tensor) -> Tensor:
+        """Return the weighted sum of ``(constant + of_offset u + of_q q)^2`` over the batches."""
+        form = torch.stack([constant, of_offset, of_q])
+        return (form[:, None] * self.matrix * form).sum((0, 1)).clamp(min=0)
+
+    def bessel(self) -> Tensor:
+        """Return B / (B - 1) for B batches; NaN for fewer than two."""
+        return torch.where(
+            self.num_batches > 1, self.num_batches / (self.num_batches - 1), torch.nan
+        )
+
+
+class Pooled:
+    """Exact mean and variance of all values.
+
+    The standard errors are those of a ratio estimator whose sampling units are the batches
+    (Cochran 1977, "Sampling Techniques", section 6.3), each weighing by its number of values.
+
+    Args:
+        correction: of shape (C,), subtracted from the count in the variance's divisor.
+        like: any float tensor of shape (C,), for its shape, dtype and device.
+    """
+
+    averages_variances = False
+
+    def __init__(self, correction: Tensor, like: Tensor) -> None:
+        zeros = torch.zeros_like(like)
+        self._correction = correction
+        self._total = Moments(zeros, zeros, zeros)
+        self._spread = Spread(like)
+
+    def add(self, batch: Moments) -> None:
+        """Merge the batch in, by its number of values."""
+        self._total = self._total + batch
+        offset = self._spread.offset(batch)
+        # The batch's mean square about the reference; about the pooled mean it is a linear form.
+        mean_square = batch.m2 / batch.count.clamp(min=1) + offset.square()
+        self._spread.add(offset, mean_square, batch.count.square())
+
+    def estimate(self) -> Estimate:
+        """Return the pooled statistics."""
+        count, mean = self._total.count, self._total.mean
+        var, biased = self._total.var(self._correction), self._total.var(0)
+        shift = mean - self._spread.reference
+        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        scale = self._spread.bessel() / count.square()
+        of_mean = self._spread.sum_of_squares(-shift, ones, zeros)
+        of_var = self._spread.sum_of_squares(shift.square() - biased, -2 * shift, ones)
+        corrected = count / (count - self._correction)
+        return Estimate(
+            num_values=count,
+            num_batches=self._spread.num_batches,
+            mean=mean,
+            var=var,
+            mean_stderr=(scale * of_mean).sqrt(),
+            var_stderr=(scale * of_var).sqrt() * corrected,
+        )
+
+
+class Averaged:
+    """An average of the batches' means and variances, whatever their sizes.
+
+    The standard errors are the spread between batches times the root of the sum of the
+    squared weights.
+
+    Args:
+        correction: of shape (C,), subtracted from the count in each batch variance's divisor.
+        like: any float tensor of shape (C,), for its shape, dtype and device.
+        policy: from the number of batches, the new one included, to its weights.
+    """
+
+    averages_variances = True
+
+    def __init__(
+        self, correction: Tensor, like: Tensor, policy: Callable[[Tensor], Weights]
+    ) -> None:
+        self._correction = correction
+        self._policy = policy
+        self._count, self._mean, self._var, self._squared_weights = like.new_zeros(4, *like.shape)
+        self._spread = Spread(like)
+
+    def add(self, batch: Moments) -> None:
+        """Average the batch in."""
+        present = batch.count > 0
+        var = torch.where(present, batch.var(self._correction), 0)
+        weights = self._policy(self._spread.num_batches + 1)
+        mean, new_var = fold(self._mean, self._var, batch.mean, var, weights)
+        squares = weights.keep**2 * self._squared_weights + weights.gain**2
+        self._mean = torch.where(present, mean, self._mean)
+        self._var = torch.where(present, new_var, self._var)
+        self._squared_weights = torch.where(present, squares, self._squared_weights)
+        self._count = self._count + batch.count
+        self._spread.add(self._spread.offset(batch), var, present.to(var.dtype))
+
+    def estimate(self) -> Estimate:
+        """Return the averages."""
+        batches = self._spread.num_batches
+        zeros, ones = torch.zeros_like(batches), torch.ones_like(batches)
+        # The spread is taken about the plain average; the policy's average may be off it.
+        offset, var = self._spread.matrix[0, 1:] / batches
+        of_mean = self._spread.sum_of_squares(-offset, ones, zeros)
+        of_var = self._spread.sum_of_squares(-var, zeros, ones)
+        scale = self._spread.bessel() / batches * self._squared_weights
+        return Estimate(
+            num_values=self._count,
+            num_batches=batches,
+            mean=self._mean,
+            var=self._var,
+            mean_stderr=(scale * of_mean).sqrt(),
+            var_stderr=(scale * of_var).sqrt(),
+        )
+
+
+def _average(correction: Tensor, like: Tensor) -> Estimator:
+    return Averaged(correction, like, per_batch)
+
+
+def _moving_average(correction: Tensor, like: Tensor) -> Estimator:
+    def policy(num_batches: Tensor) -> Weights:
+        return exponential(num_batches, EMA_MOMENTUM, debias=True, pooled=False)
+
+    return Averaged(correction, like, policy)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Estimator]] = {
+    "pooled": Pooled,
+    "batch_average": _average,
+    "ema": _moving_average,
+}
+"""The estimator of each method, made from (correction, like)."""

@@ -1,0 +1,49 @@
+"""The layer families: a new layer is one row here, and every promise is tested on it."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import bnstats
+
+SHAPES = {
+    "1d, N C": (1, (8, 3)),
+    "1d, N C L": (1, (4, 3, 7)),
+    "2d": (2, (4, 3, 5, 6)),
+    "3d": (3, (2, 3, 4, 5, 6)),
+}
+
+PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of layers: one class for each number of spatial dimensions, and the base."""
+
+    name: str
+    base: type
+    layers: dict
+    batch_statistics: bool = True  # training normalizes as nn.BatchNorm does
+    options: dict = field(default_factory=dict)
+
+    def make(self, dims, num_features=3, **options):
+        return self.layers[dims](num_features, **{**self.options, **options})
+
+
+def family(name, prefix, **kwargs):
+    layers = {n: getattr(bnstats, f"{prefix}{n}d") for n in (1, 2, 3)}
+    return Family(name, getattr(bnstats, prefix), layers, **kwargs)
+
+
+FAMILIES = [
+    family("ema", "EMABatchNorm"),
+    family("cumulative", "CumulativeBatchNorm"),
+]
+
+
+def batches(shape, count=5, scale=2.0, shift=0.5, dtype=torch.float32):
+    """Batches that differ in mean and scale, so that pooling them is not averaging them."""
+    return [
+        (torch.randn(shape) * (1 + scale * i / count) + shift * i).to(dtype) for i in range(count)
+    ]
