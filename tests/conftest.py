@@ -8,7 +8,7 @@ import torch
 
 def _import_torchvision():
     try:
-        import torchvision  # noqa: F401
+        pass
     except RuntimeError:
         # Its wheel is built against CUDA: its import asks for two operators of its own library,
         # which does not load beside a CPU torch. The models need neither.
@@ -17,7 +17,6 @@ def _import_torchvision():
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
 
         return library
     return None

@@ -107,7 +107,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
-        return f"{super().extra_repr()}, debias={self.debias}, pooled={self.pooled}"
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{plain}, debias={self.debias}, pooled={self.pooled}"
 
 
 class EMABatchNorm1d(EMABatchNorm, nn.BatchNorm1d):
