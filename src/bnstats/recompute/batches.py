@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any
@@ -39,6 +40,50 @@ def read_batches(
         for batch in islice(loader, max_batches):
             yield move_to(batch, device)
             bar.update()
+
+
+class Reader:
+    """Gives out a loader's batches, and keeps count.
+
+    Args:
+        loader: an iterable of batches.
+        max_batches: stop after so many.
+        progress: show a progress bar.
+        device: where batches go.
+
+    Attributes:
+        num_read: batches given out so far.
+        exhausted: there are no more.
+        length: how many batches the loader says it has; None where it does not say.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        max_batches: int | None,
+        progress: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        self.num_read = 0
+        self.exhausted = False
+        self.length = len(loader) if isinstance(loader, Sized) else None
+        self._batches = read_batches(
+            loader, max_batches=max_batches, progress=progress, device=device
+        )
+
+    def read(self, until: float = math.inf) -> Iterator[Any]:
+        """Yield batches until so many have been read in all, or there are no more."""
+        while self.num_read < until:
+            batch = next(self._batches, _NO_MORE)
+            if batch is _NO_MORE:
+                self.exhausted = True
+                return
+            self.num_read += 1
+            yield batch
+
+
+_NO_MORE = object()
 
 
 def default_device(model: nn.Module) -> torch.device | None:

@@ -1,8 +1,8 @@
 """Running a model so that chosen BatchNorm layers normalize with what a visitor says.
 
-Everything is in evaluation mode. A forward pre-hook takes the moments of a layer's input and
-tells them to the visitor, which puts what the layer shall normalize with in place of its
-running statistics. One mechanism for every method and every BatchNorm: subclasses with a
+Everything is in evaluation mode. A forward pre-hook tells the visitor of a layer's input; the
+visitor takes its moments and puts what the layer shall normalize with in place of its running
+statistics. One mechanism for every method and every BatchNorm: subclasses with a
 forward of their own, SyncBatchNorm on CPU, batches of one value per channel.
 """
 
@@ -55,7 +55,8 @@ class StagedLayer:
         self.module.running_var.copy_(var)  # type: ignore[union-attr]
 
 
-Visitor = Callable[[StagedLayer, Moments], None]
+Visitor = Callable[[StagedLayer, Tensor], None]
+"""Is told of every call of a staged layer, and of its input, before the layer runs."""
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def _observer(layer: StagedLayer, visit: Visitor) -> Callable[..., None]:
         x = args[0] if args else kwargs.get("input")
         # What the layer cannot take, it refuses itself, in its own words.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == module.num_features:
-            visit(layer, layer.moments(x))
+            visit(layer, x)
 
     return observe
 
