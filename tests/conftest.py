@@ -4,6 +4,11 @@ import sys
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; a busy machine is no failure.
+settings.register_profile("bnstats", deadline=None, derandomize=True)
+settings.load_profile("bnstats")
 
 
 def _import_torchvision():
