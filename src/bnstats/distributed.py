@@ -54,9 +54,10 @@ class Peers:
                     "torch.distributed.init_process_group first, or pass sync=None"
                 )
             return cls()
-        if sync == dist.GroupMember.NON_GROUP_MEMBER:
-            raise InvalidValueError("sync: this process is not a member of the group")
-        if not isinstance(sync, dist.ProcessGroup):
+        if not dist.is_available() or not isinstance(sync, dist.ProcessGroup):
+            # What new_group returns in a process that it leaves out.
+            if dist.is_available() and isinstance(sync, int):
+                raise InvalidValueError("sync: this process is not a member of the group")
             raise InvalidTypeError(
                 f"sync: expected True, False, None or a process group, got {type(sync).__name__}"
             )
@@ -96,7 +97,7 @@ class Peers:
                 f"the measurement failed in the process of rank {', '.join(map(str, failed))} "
                 "(see its own error); nothing was written in any process"
             )
-        return together[:, 1:].unflatten(1, like.shape)
+        return together[:, 1:].view(self.size, *like.shape)
 
     def _wire_device(self, device: torch.device) -> torch.device:
         """Return where the backend takes its tensors from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -14,24 +14,13 @@ from tqdm.auto import tqdm
 from bnstats.errors import InvalidTypeError, InvalidValueError
 
 
-def check_loader(loader: object) -> None:
-    """Refuse what is no iterable of batches."""
-    # DataLoader and Dataset may be iterable by __getitem__ alone.
-    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
-        raise InvalidTypeError(
-            "loader: expected an iterable of batches, a DataLoader or a list say, got "
-            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
-        )
-
-
 def read_batches(
     loader: Iterable[Any],
     *,
     max_batches: int | None,
     progress: bool,
     device: torch.device | str | None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield the loader's batches, at most so many, on the device."""
     total = len(loader) if isinstance(loader, Sized) else None
     if max_batches is not None:
@@ -81,6 +70,10 @@ class Reader:
                 return
             self.num_read += 1
             yield batch
+
+    def close(self) -> None:
+        """Stop reading, and take the progress bar away."""
+        self._batches.close()
 
 
 _NO_MORE = object()

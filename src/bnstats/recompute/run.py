@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from bnstats.errors import (
-    BnstatsWarning,
-    InvalidTypeError,
-    InvalidValueError,
-)
-from bnstats.recompute.batches import (
-    Forward,
-    check_loader,
-    default_device,
-    default_forward,
-    read_batches,
-)
-from bnstats.recompute.collector import Collector
+from bnstats.distributed import Peers, Sync
+from bnstats.errors import BnstatsWarning
+from bnstats.recompute.batches import Forward, default_device, default_forward
 from bnstats.recompute.drift import Recalibration, RunningStats
-from bnstats.recompute.estimators import ESTIMATORS
+from bnstats.recompute.layerwise import layerwise
+from bnstats.recompute.onepass import one_pass
+from bnstats.recompute.options import check_loader, check_mergeable, check_options
 from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.stage import StagedLayer, staged
+from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.task import Task
 from bnstats.traversal import Include, named_batchnorms, unwrap
 
-METHODS = ("pooled", "batch_average", "ema", "layerwise", "sweeps")
+METHODS: dict[str, Callable[[Task], PopulationStats]] = {
+    "pooled": one_pass,
+    "batch_average": one_pass,
+    "ema": one_pass,
+    "layerwise": layerwise,
+}
 
 
 def recompute_population_stats(
@@ -44,8 +42,9 @@ def recompute_population_stats(
     include: Include | None = None,
     correction: int = 1,
     on_nonfinite: str = "raise",
-    sync: Any = None,
+    sync: Sync = None,
     progress: bool = False,
+    memory_limit: int | None = None,
 ) -> Recalibration:
     """Replace running statistics by the population statistics of the loader's data.
 
@@ -72,7 +71,12 @@ def recompute_population_stats(
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
         max_batches: stop after so many.
-        tolerance: not available yet.
+        tolerance: stop reading as soon as, in every layer that was reached, the
+            root-mean-square over channels of the standard error of the mean (in standard
+            deviations) and that of the variance (relative) are at most this. Looked at after 8
+            batches, and then at every one, later at every sixteenth part more. The errors come
+            from the spread between batches, which should be shuffled; where the loader has a
+            length, they are those of a sample of its batches (finite population correction).
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation.
         correction: 1 for unbiased variances, 0 for biased ones.
@@ -80,6 +84,7 @@ def recompute_population_stats(
             layer, or ``"skip"`` it for all layers.
         sync: False for this process's data alone; merging over processes is not available yet.
         progress: show a progress bar.
+        memory_limit: for ``"layerwise"``, how many bytes of activations may wait at layers.
 
     Returns:
         What was before and is after, how far it moved, and ``undo()``. Printed, it is a table.
@@ -121,6 +126,7 @@ def recompute_population_stats(
         on_nonfinite=on_nonfinite,
         sync=sync,
         progress=progress,
+        memory_limit=memory_limit,
     )
     layers = named_batchnorms(model)
     layers = {name: layers[name] for name in after}
@@ -142,8 +148,9 @@ def measure_population_stats(
     include: Include | None = None,
     correction: int = 1,
     on_nonfinite: str = "raise",
-    sync: Any = None,
+    sync: Sync = None,
     progress: bool = False,
+    memory_limit: int | None = None,
 ) -> PopulationStats:
     """Measure the population statistics of the loader's data, and write nothing.
 
@@ -158,9 +165,19 @@ def measure_population_stats(
         True
     """
     inner = unwrap(model)
-    _check_options(method, max_batches, correction, on_nonfinite, include=include, forward=forward)
-    _check_available(method, tolerance, sync)
-    check_loader(loader)
+    check_options(
+        method=method,
+        forward=forward,
+        max_batches=max_batches,
+        tolerance=tolerance,
+        include=include,
+        correction=correction,
+        on_nonfinite=on_nonfinite,
+        memory_limit=memory_limit,
+    )
+    check_loader(loader, method)
+    peers = Peers.of(sync)
+    check_mergeable(method, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
         warnings.warn(
@@ -170,64 +187,19 @@ def measure_population_stats(
             stacklevel=2,
         )
         return PopulationStats({}, method=method)
-    stage = [StagedLayer.of(i, name, module) for i, (name, module) in enumerate(layers.items())]
-    collector = Collector(
-        stage,
-        ESTIMATORS[method],
+    task = Task(
+        model=inner,
+        layers=tuple(StagedLayer.of(name, module) for name, module in layers.items()),
+        loader=loader,
+        forward=partial(forward or default_forward, inner),
+        method=method,
         correction=correction,
         skip_nonfinite=on_nonfinite == "skip",
-    )
-    run = forward or default_forward
-    batches = read_batches(
-        loader,
         max_batches=max_batches,
-        progress=progress,
+        tolerance=tolerance,
+        memory_limit=memory_limit,
         device=device if device is not None else default_device(inner),
+        progress=progress,
+        peers=peers,
     )
-    with staged(inner, stage, collector.visit):
-        for batch in batches:
-            run(inner, batch)
-            collector.close_batch()
-    return PopulationStats(collector.finish(), method=method, num_skipped=collector.num_skipped)
-
-
-def _check_options(
-    method: str,
-    max_batches: int | None,
-    correction: int,
-    on_nonfinite: str,
-    **functions: object,
-) -> None:
-    if method not in METHODS:
-        raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if max_batches is not None:
-        if isinstance(max_batches, bool) or not isinstance(max_batches, int):
-            raise InvalidTypeError(
-                f"max_batches: expected an int or None, got {type(max_batches).__name__}"
-            )
-        if max_batches < 1:
-            raise InvalidValueError(f"max_batches: expected 1 or more, got {max_batches}")
-    if correction not in (0, 1):
-        raise InvalidValueError(
-            f"correction: expected 1 (unbiased variance) or 0 (biased), got {correction!r}"
-        )
-    if on_nonfinite not in ("raise", "skip"):
-        raise InvalidValueError(f'on_nonfinite: expected "raise" or "skip", got {on_nonfinite!r}')
-    for argument, function in functions.items():
-        if function is not None and not callable(function):
-            raise InvalidTypeError(
-                f"{argument}: expected a callable or None, got {type(function).__name__}"
-            )
-
-
-def _check_available(method: str, tolerance: float | None, sync: Any) -> None:
-    if method not in ESTIMATORS:
-        raise NotImplementedError(f'method="{method}" is not available yet; "pooled" is')
-    if tolerance is not None:
-        raise NotImplementedError("tolerance is not available yet; max_batches is")
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if sync or (sync is None and several):
-        raise NotImplementedError(
-            "merging over processes is not available yet; sync=False takes the statistics of "
-            "this process's data alone"
-        )
+    return METHODS[method](task)

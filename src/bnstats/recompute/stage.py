@@ -21,28 +21,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.moments import Moments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StagedLayer:
     """A BatchNorm layer on the stage.
 
     Attributes:
-        index: its position among the staged layers.
         name: its name in the unwrapped model.
         module: the layer.
         about_zero: it keeps its statistics about zero, and says so by a method
             ``statistics_about_zero()``, which any layer may have.
     """
 
-    index: int
     name: str
     module: _BatchNorm
     about_zero: bool
 
     @classmethod
-    def of(cls, index: int, name: str, module: _BatchNorm) -> StagedLayer:
+    def of(cls, name: str, module: _BatchNorm) -> StagedLayer:
         """Ask the module what it says of itself."""
         says = getattr(module, "statistics_about_zero", None)
-        return cls(index, name, module, bool(says is not None and says()))
+        return cls(name, module, bool(says is not None and says()))
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels, C."""
+        return self.module.num_features
 
     def moments(self, input: Tensor) -> Moments:
         """Return the moments of an input, about what the layer takes them about."""
