@@ -203,11 +203,10 @@ class _Procession:
         estimator = self._new_estimator(layer)
         for state in states:
             estimator.absorb(state)
-        estimate = estimator.estimate()
-        count = int(estimate.num_values[0])
+        count = int(states[:, 0, 0].sum())
         if count:
             check_enough_values(layer, count, self._task.correction_of(layer))
-            layer.normalize_with(estimate.mean, estimate.var)
+            layer.normalize_with(*estimator.mean_and_var())
             self._complete[layer] = estimator
         self._crew.release(self._leave(self._held_at(layer)))
         self._since.pop(layer, None)
