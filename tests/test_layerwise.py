@@ -1,5 +1,6 @@
 """All batches together, layer by layer: exact, the same bits twice, and never hanging."""
 
+import _thread
 import copy
 import threading
 import time
@@ -276,8 +277,6 @@ def test_of_several_failing_batches_the_first_speaks():
 
 
 def test_ctrl_c_while_the_owner_waits_ends_every_thread():
-    import _thread
-
     class Interrupting(nn.Module):
         calls = 0
 
@@ -366,7 +365,7 @@ def test_the_memory_limit_names_layer_bytes_and_remedy():
         ):
             measure(model, data, memory_limit=limit)
     assert_untouched(model, before)
-    with pytest.raises(InvalidValueError, match='memory_limit.*"pooled"'):
+    with pytest.raises(InvalidValueError, match=r'memory_limit.*"pooled"'):
         bnstats.measure_population_stats(model, data, memory_limit=100)
     with pytest.raises(InvalidTypeError, match="memory_limit: expected an int"):
         measure(model, data, memory_limit=1.5)

@@ -104,7 +104,7 @@ def test_the_memory_layout_does_not_matter(layout):
 
 
 def test_long_rows_keep_float32_accuracy():
-    # One float32 accumulator over 50,176 squares loses 1.5e-6; rows are cut shorter than that.
+    # One float32 accumulator over 50,176 squares loses 1.5e-6: rows are cut shorter than that.
     x = torch.randn(2, 8, 224, 224)
     _, var = oracles.mean_var([x.numpy()])
     np.testing.assert_allclose(Moments.from_batch(x).var(), var, rtol=5e-7)

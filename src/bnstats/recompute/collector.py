@@ -47,7 +47,7 @@ class Collector:
     def visit(self, layer: StagedLayer, input: Tensor) -> None:
         """Take the moments of one call; the layer normalizes with this call's own."""
         moments = layer.moments(input)
-        layer.normalize_with(moments.mean, moments.var(0))
+        layer.normalize_with(moments.mean, moments.m2 / max(int(moments.count), 1))
         self.take(layer, moments)
 
     def take(self, layer: StagedLayer, moments: Moments) -> None:
