@@ -26,13 +26,14 @@ class Collector:
         layers: the layers, some or all of the task's.
 
     Attributes:
+        layers: the layers.
         num_skipped: batches left out so far.
     """
 
     def __init__(self, task: Task, layers: Sequence[StagedLayer]) -> None:
         self.num_skipped = 0
         self._task = task
-        self._layers = layers
+        self.layers = layers
         self._position = {layer: position for position, layer in enumerate(layers)}
         self._num_batches = 0
         self._channels = [layer.num_features for layer in layers]
@@ -72,7 +73,7 @@ class Collector:
         else:
             self._raise_nonfinite()
         self._num_batches += 1
-        self._counts = [0] * len(self._layers)
+        self._counts = [0] * len(self.layers)
         self._flat.zero_()
 
     def state(self, reader: Reader) -> Tensor:
@@ -104,7 +105,7 @@ class Collector:
         if not self._estimator.averages_variances:
             return
         for layer, count, correction in zip(
-            self._layers, self._counts, self._corrections, strict=True
+            self.layers, self._counts, self._corrections, strict=True
         ):
             if 0 < count <= correction:
                 raise TooFewValuesError(
@@ -116,7 +117,7 @@ class Collector:
     def _raise_nonfinite(self) -> None:
         names = [
             layer.name
-            for layer, mean, m2 in zip(self._layers, self._mean, self._m2, strict=True)
+            for layer, mean, m2 in zip(self.layers, self._mean, self._m2, strict=True)
             if not (mean + m2).isfinite().all()
         ]
         raise NonFiniteStatisticsError(

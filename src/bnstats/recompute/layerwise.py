@@ -33,10 +33,12 @@ from bnstats.recompute.task import Tally, Task
 
 def layerwise(task: Task) -> PopulationStats:
     """Measure with ``"layerwise"``."""
-    with closing(task.reader(progress=False)) as reader:
+    with closing(task.reader()) as reader:
         for batches in _portions(task, reader):
             tally, estimate = _Procession(task, reader).run(batches)
-            if tally.num_exhausted == task.peers.size or precise(estimate, task):
+            if tally.num_exhausted == task.peers.size:
+                break
+            if precise(estimate, task.layers, task.tolerance):
                 break
     return population_stats(task, tally, estimate)
 

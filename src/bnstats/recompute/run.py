@@ -19,6 +19,7 @@ from bnstats.recompute.onepass import one_pass
 from bnstats.recompute.options import check_loader, check_mergeable, check_options
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Task
 from bnstats.traversal import Include, named_batchnorms, unwrap
 
@@ -27,6 +28,7 @@ METHODS: dict[str, Callable[[Task], PopulationStats]] = {
     "batch_average": one_pass,
     "ema": one_pass,
     "layerwise": layerwise,
+    "sweeps": sweeps,
 }
 
 

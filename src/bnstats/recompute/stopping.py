@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.task import Task
+from bnstats.recompute.stage import StagedLayer
 
 FIRST_LOOK = 8
 """Batches before the first look: the spread of fewer says little of their standard error."""
@@ -32,18 +32,19 @@ def looks(tolerance: float | None) -> Iterator[float]:
     yield math.inf
 
 
-def precise(estimate: Estimate, task: Task) -> bool:
-    """Whether the standard errors of every layer are at most the task's tolerance.
+def precise(estimate: Estimate, layers: Sequence[StagedLayer], tolerance: float | None) -> bool:
+    """Whether the standard errors of every layer are at most the tolerance.
 
     Of the mean in standard deviations, of the variance relative, each as its root mean square
     over the layer's channels. Channels without variance are known exactly; layers that no
     batch has reached yet do not count.
 
     Args:
-        estimate: of all layers of the task, their channels laid end to end.
-        task: what is measured.
+        estimate: of the layers, their channels laid end to end.
+        layers: the layers.
+        tolerance: the largest standard error that will do; with None none will.
     """
-    if task.tolerance is None:
+    if tolerance is None:
         return False
     var = estimate.var
     constant = var <= (_ROUNDING * estimate.mean).square()
@@ -52,8 +53,8 @@ def precise(estimate: Estimate, task: Task) -> bool:
     squares = torch.where(constant, 0, torch.stack([of_mean, of_var]))
     squares = torch.where(estimate.num_values == 0, 0, squares)
     # NaN, from a single batch, compares as not precise.
-    channels = [layer.num_features for layer in task.layers]
-    return bool((_mean_by_layer(squares, channels) <= task.tolerance**2).all())
+    channels = [layer.num_features for layer in layers]
+    return bool((_mean_by_layer(squares, channels) <= tolerance**2).all())
 
 
 def _mean_by_layer(values: Tensor, channels: list[int]) -> Tensor:

@@ -56,12 +56,12 @@ class Task:
         device = self.layers[0].module.running_mean.device  # type: ignore[union-attr]
         return torch.empty(0, dtype=wide_dtype(device), device=device)
 
-    def reader(self, *, progress: bool | None = None) -> Reader:
+    def reader(self, *, progress: bool = False) -> Reader:
         """Begin to read the loader, from its start if it has one."""
         return Reader(
             self.loader,
             max_batches=self.max_batches,
-            progress=self.progress if progress is None else progress,
+            progress=progress,
             device=self.device,
         )
 
