@@ -60,10 +60,10 @@ def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     sums = rows.sum(-1, dtype=_accumulator(x))
     if rows.stride(-1) == 1:
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(x))
-    else:  # channels_last, whose norm over a strided axis is slow
-        norms = rows.to(_accumulator(x)).square().sum(-1).sqrt_()
+        squares = norms.double().square_().sum((0, 2))
+    else:  # channels_last: a norm over a strided axis is slow
+        squares = rows.to(_accumulator(x)).square().sum(-1).sum((0, 2), dtype=torch.float64)
     total = sums.sum((0, 2), dtype=torch.float64)
-    squares = torch.linalg.vector_norm(norms, dim=(0, 2), dtype=torch.float64).square_()
     mean = total / count
     squared_mean = total * mean
     m2 = squares - squared_mean
