@@ -91,7 +91,7 @@ def test_sweeps_cost_at_most_three_fifths_of_a_forward_per_layer():
     model, data = build("resnet18"), data_of(32)
     multiplications = []
 
-    def count(module, args, output):
+    def count(module, _, output):
         multiplications.append(output.numel() * module.weight[0].numel())
 
     for module in model.modules():
