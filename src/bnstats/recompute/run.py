@@ -50,7 +50,7 @@ def recompute_population_stats(
 ) -> Recalibration:
     """Replace running statistics by the population statistics of the loader's data.
 
-    One pass over the data with the weights fixed. It is a transaction: if anything fails, the
+    A pass over the data with the weights fixed. It is a transaction: if anything fails, the
     model is bit for bit as it was; the running statistics are written at the end, in place.
     Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
@@ -63,6 +63,19 @@ def recompute_population_stats(
       variances (Algorithm 2 of the BatchNorm paper); the variance between batches is missing.
     - ``"ema"``: the same with a debiased moving average of momentum 0.1: what ``nn.BatchNorm``
       would end with on this data.
+    - ``"layerwise"``: the complete statistics of every layer before it, as in evaluation: what
+      the model will normalize with, and what its layers then see, agree exactly. All batches go
+      through the model together, each in a thread that is held at every layer until the layer
+      has seen them all. It computes one forward of the data and holds the activations of all
+      its batches: about the largest layer's input, and what skips over it, times the number of
+      batches. The forward must not keep anything on the model from one layer to the next, as
+      other batches run in between. A layer that only some batches reach is completed with
+      those, once no batch can go on otherwise.
+    - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
+      again, and each forward ends as soon as there is nothing more to be seen: at most about
+      one half of a forward per layer, fewer where layers do not depend on each other. Layers
+      that do, a layer called twice say, are swept until nothing moves. A loader that shuffles
+      or augments is fine: each layer is then measured on another draw of the data.
 
     Args:
         model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
@@ -76,31 +89,42 @@ def recompute_population_stats(
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
             deviations) and that of the variance (relative) are at most this. Looked at after 8
-            batches, and then at every one, later at every sixteenth part more. The errors come
-            from the spread between batches, which should be shuffled; where the loader has a
-            length, they are those of a sample of its batches (finite population correction).
+            batches, and then at every one, later at every sixteenth part more
+            (``"layerwise"`` starts over with twice as many). The errors come from the spread
+            between batches, which should be shuffled; where the loader has a length and was
+            not read whole, they are those of a sample of its batches (finite population
+            correction).
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
-            layer, or ``"skip"`` it for all layers.
-        sync: False for this process's data alone; merging over processes is not available yet.
+            layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
+            it is not finite: earlier ones have counted it).
+        sync: with whom to merge by torch.distributed: a process group, all processes (True),
+            nobody (False), or all if there are several (None). Every process ends with the
+            same bits, whatever the numbers of batches; one that fails makes all fail. One
+            collective, or one for each layer, sweep, or look at the tolerance.
         progress: show a progress bar.
-        memory_limit: for ``"layerwise"``, how many bytes of activations may wait at layers.
+        memory_limit: for ``"layerwise"``, how many bytes the inputs that wait at layers may
+            take in this process; what the model keeps beside them is not counted.
 
     Returns:
         What was before and is after, how far it moved, and ``undo()``. Printed, it is a table.
 
     Raises:
-        InvalidValueError: an unknown method or option, an empty loader.
+        InvalidValueError: an unknown method or option, an empty loader, an iterator with
+            ``"sweeps"``, ``"ema"`` over several processes.
         InvalidTypeError: not a Module, not a loader, a batch that needs ``forward``, a lazy
             layer not yet materialized.
         NonFiniteStatisticsError: a batch with NaN or infinity, unless skipped.
         TooFewValuesError: fewer values than the variance needs.
-        NotImplementedError: an option that is not available yet.
+        RepeatedLayerError: with ``"layerwise"``, a layer called twice in one forward.
+        MemoryLimitError: more bytes wait than ``memory_limit``.
+        PeerError: another process failed.
 
     Warns:
         BnstatsWarning: no BatchNorm layers, or some that no batch reached; those keep theirs.
+            Sweeps of layers that depend on each other came to no rest.
 
     Example:
         >>> import torch, bnstats
