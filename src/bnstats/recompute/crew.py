@@ -6,8 +6,8 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,15 +21,13 @@ class Runner:
 
     Attributes:
         index: its position among all that were started.
-        held: what it gave when it was held last; None while it runs.
-        done: its forward has ended, in whatever way.
+        held: what it gave when it was held last; None while it runs, and after that.
         error: what the forward raised.
     """
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.held: Any = None
-        self.done = False
         self.error: BaseException | None = None
         self.dismissed = False
         self.go: queue.SimpleQueue[None] = queue.SimpleQueue()  # cheaper than a semaphore
@@ -39,62 +37,80 @@ class Runner:
 class Crew:
     """Runners, of which a few at a time compute and all others are held or wait for their turn.
 
-    The thread that makes the crew is the only one that decides: a runner computes from when it
-    is let go until it calls :meth:`hold` or ends. Who runs together with whom depends on the
-    machine; where each is held once all are does not.
+    There are so many places to compute. A runner that comes to be held, or ends, gives its
+    place to the next that is ready, or back; the thread that made the crew decides what happens
+    when all places are back. Who computes beside whom depends on the machine; where each is
+    held then does not.
 
     Args:
-        workers: how many compute at the same time; on CPU they share torch's threads.
-        on_held: called in the owner's thread for each runner that has come to be held.
+        places: how many compute at the same time.
     """
 
-    def __init__(self, workers: int, on_held: Callable[[Runner], None]) -> None:
-        self.workers = workers
-        self._on_held = on_held
+    def __init__(self, places: int) -> None:
+        self._num_places = places
+        self._sharing = places
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(places):
+            self._places.put(None)
+        self._ready: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         self._runners: list[Runner] = []
-        self._ready: list[Runner] = []
-        self._num_running = 0
-        self._events: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         self._local = threading.local()
         self._settings = _ThreadSettings()
-        self._closed = False
+        self._failed = self._closed = False
 
     @property
     def held(self) -> list[Runner]:
         """The runners that are held, in the order in which they were started."""
         return [runner for runner in self._runners if runner.held is not None]
 
+    @property
+    def current(self) -> Runner | None:
+        """The runner whose thread this is."""
+        return getattr(self._local, "runner", None)
+
+    def share_threads(self, runners: int) -> None:
+        """Divide torch's threads among no more than so many runners, instead of all places."""
+        self._sharing = max(1, min(runners, self._num_places))
+
     def start(self, job: Callable[[], Any]) -> None:
-        """Let a new runner begin with the job; wait first until it can have a place."""
-        while self._num_running >= self.workers:
-            self._take_event()
+        """Let a new runner begin with the job, as soon as there is a place.
+
+        Raises:
+            BaseException: what an earlier one raised.
+        """
+        self._places.get()
+        if self._failed:
+            self._leave_place()
+            self.settle()
         runner = Runner(len(self._runners))
         context = contextvars.copy_context()
         runner.thread = threading.Thread(
             target=context.run, args=(self._run, runner, job), name=f"bnstats-{runner.index}"
         )
-        runner.thread.start()
         self._runners.append(runner)
-        self._let_go(runner)
-
-    def current(self) -> Runner | None:
-        """Return the runner whose thread this is."""
-        return getattr(self._local, "runner", None)
+        runner.thread.start()
+        runner.go.put(None)
 
     def hold(self, gives: Any) -> None:
-        """Hold this runner, called in its own thread, until it is released."""
+        """Hold the current runner, in its own thread, until it is released."""
         runner: Runner = self._local.runner
         runner.held = gives
-        self._events.put(runner)
+        self._leave_place()
         runner.go.get()
         if self._closed or runner.dismissed:
             raise _Dismissed
 
+    def fail(self, error: BaseException) -> NoReturn:
+        """End the current runner with an error, whatever its forward would make of one."""
+        self._local.runner.error = error
+        self._failed = True
+        raise _Dismissed
+
     def release(self, runners: Iterable[Runner]) -> None:
-        """Let held runners go on, as soon as there is a place for them."""
+        """Let held runners go on when the crew settles next."""
         for runner in runners:
             runner.held = None
-            self._ready.append(runner)
+            self._ready.put(runner)
 
     def dismiss(self, runners: Iterable[Runner]) -> None:
         """End the forwards of held runners where they are."""
@@ -103,16 +119,18 @@ class Crew:
             self.release([runner])
 
     def settle(self) -> None:
-        """Wait until every runner is held or done.
+        """Let all that are ready compute, until every runner is held or done.
 
         Raises:
             BaseException: what a forward raised; of several, the one started first.
         """
-        self._ready.reverse()
-        while self._ready or self._num_running:
-            while self._ready and self._num_running < self.workers:
-                self._let_go(self._ready.pop())
-            self._take_event()
+        for _ in range(2):  # hand the places out, and wait until all are back
+            for _ in range(self._num_places):
+                self._places.get()
+            for _ in range(self._num_places):
+                self._leave_place()
+        if self._failed:
+            raise next(runner.error for runner in self._runners if runner.error is not None)
 
     def close(self) -> None:
         """End every thread, wherever its forward is held."""
@@ -120,41 +138,33 @@ class Crew:
         for runner in self._runners:
             runner.go.put(None)
         for runner in self._runners:
-            assert runner.thread is not None
-            runner.thread.join()
+            if runner.thread is not None and runner.thread.is_alive():
+                runner.thread.join()
         self._settings.restore()
 
-    def _let_go(self, runner: Runner) -> None:
-        self._num_running += 1
-        runner.go.put(None)
-
-    def _take_event(self) -> None:
-        runner = self._events.get()
-        self._num_running -= 1
-        if runner.error is not None:
-            # Those beside it may have failed too: the first of them speaks, in every run.
-            while self._num_running:
-                self._events.get()
-                self._num_running -= 1
-            raise next(r.error for r in self._runners if r.error is not None)
-        if runner.held is not None:
-            self._on_held(runner)
+    def _leave_place(self) -> None:
+        """Give a place to the next that is ready, or back."""
+        next_ready = None
+        if not self._failed:
+            with suppress(queue.Empty):
+                next_ready = self._ready.get_nowait()
+        (self._places if next_ready is None else next_ready.go).put(None)
 
     def _run(self, runner: Runner, job: Callable[[], Any]) -> None:
         self._local.runner = runner
         runner.go.get()
         try:
             if not self._closed:
-                with self._settings.entered(self.workers):
+                with self._settings.entered(self._sharing):
                     job()
         except _Dismissed:
             pass
         except BaseException as error:  # raised in the owner's thread
             runner.error = error
+            self._failed = True
         finally:
             runner.held = None
-            runner.done = True
-            self._events.put(runner)
+            self._leave_place()
 
 
 class _ThreadSettings:
@@ -178,16 +188,16 @@ class _ThreadSettings:
         self._cache = torch.is_autocast_cache_enabled()
 
     @contextmanager
-    def entered(self, workers: int) -> Iterator[None]:
-        """Have the same settings in this thread, of so many, and no gradients."""
+    def entered(self, sharing: int) -> Iterator[None]:
+        """Have the same settings in this thread, one of so many, and no gradients."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
             if self._stream is not None:
                 torch.accelerator.set_stream(self._stream)  # and its device
-            if workers > 1:
-                torch.set_num_threads(max(1, self._num_threads // workers))
+            if sharing > 1:
+                torch.set_num_threads(max(1, self._num_threads // sharing))
             yield
 
     def restore(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -95,13 +96,15 @@ class _Procession:
         # The device of a GPU is kept busy by one; on CPU, forwards with one thread each beat
         # one forward with many.
         on_cpu = task.like.device.type == "cpu"
-        self._crew = Crew(torch.get_num_threads() if on_cpu else 1, self._count_held)
+        self._places = torch.get_num_threads() if on_cpu else 1
+        self._crew = Crew(self._places)
         self._complete: dict[StagedLayer, Pooled] = {}
         self._passed: set[tuple[StagedLayer, int]] = set()
         self._since: dict[StagedLayer, int] = {}
         self._num_rounds = 0
         self._num_skipped = 0
         self._bytes_held = 0
+        self._lock = threading.Lock()
         widest = max(layer.num_features for layer in task.layers)
         self._blank = task.like.new_zeros(len(self._new_estimator(task.layers[0]).state()), widest)
 
@@ -123,31 +126,47 @@ class _Procession:
 
     def _start(self, batches: Iterator[Any]) -> None:
         """Start a forward of every batch, and go on until each is held or done."""
-        first = list(islice(batches, self._crew.workers))
-        if len(first) < self._crew.workers:
-            self._crew.workers = max(1, len(first))
+        first = list(islice(batches, self._places))
+        self._crew.share_threads(len(first))
         for batch in chain(first, batches):
             self._crew.start(partial(self._task.forward, batch))
         self._crew.settle()
 
     def _visit(self, layer: StagedLayer, input: Tensor) -> None:
         """Hold a batch, called in its own thread, until the layer can normalize it."""
-        runner = self._crew.current()
+        runner = self._crew.current
         if runner is None:
             raise InvalidValueError(
                 f"layer '{layer.name}' runs in a thread that the forward of a batch has started: "
                 'expected the forward to stay in its thread; use method="sweeps"'
             )
         if (layer, runner.index) in self._passed:
-            raise RepeatedLayerError(
+            error = RepeatedLayerError(
                 f"layer '{layer.name}' runs more than once in one forward: no order of its "
                 'calls completes its statistics in one pass; use method="sweeps", which repeats '
                 "them until nothing moves"
             )
+            self._crew.fail(error)
         self._passed.add((layer, runner.index))
         # A batch that comes after the layer was completed is normalized, and no longer counts.
         if layer not in self._complete:
+            self._count_bytes(layer, input.nbytes)
+            self._since.setdefault(layer, self._num_rounds)
             self._crew.hold(_Held(layer, layer.moments(input), input.nbytes))
+
+    def _count_bytes(self, layer: StagedLayer, num_bytes: int) -> None:
+        """Count a batch that is going to be held, against the limit."""
+        limit = self._task.memory_limit
+        with self._lock:
+            self._bytes_held += num_bytes
+            if limit is None or self._bytes_held <= limit:
+                return
+        error = MemoryLimitError(
+            f"layer '{layer.name}': {len(self._crew.held) + 1} batches hold "
+            f"{self._bytes_held:,} bytes of activations, more than memory_limit={limit:,}; "
+            'use method="sweeps", which holds none, or fewer batches (max_batches)'
+        )
+        self._crew.fail(error)
 
     def _round(self, run: Callable[[], None]) -> tuple[Tally, bool]:
         """Run until all batches are held or done, and complete a layer; False if none waits."""
@@ -227,18 +246,6 @@ class _Procession:
             )
         self._num_skipped += len(bad)
         self._crew.dismiss(self._leave(bad))
-
-    def _count_held(self, runner: Runner) -> None:
-        """Count a batch that has come to be held, against the limit."""
-        layer, limit = runner.held.layer, self._task.memory_limit
-        self._since.setdefault(layer, self._num_rounds)
-        self._bytes_held += runner.held.num_bytes
-        if limit is not None and self._bytes_held > limit:
-            raise MemoryLimitError(
-                f"layer '{layer.name}': {len(self._crew.held)} batches hold "
-                f"{self._bytes_held:,} bytes of activations, more than memory_limit={limit:,}; "
-                'use method="sweeps", which holds none, or fewer batches (max_batches)'
-            )
 
     def _leave(self, runners: list[Runner]) -> list[Runner]:
         self._bytes_held -= sum(runner.held.num_bytes for runner in runners)
