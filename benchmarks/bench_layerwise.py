@@ -37,14 +37,24 @@ def contestants(
     return {BARE: partial(forward, model, data), **measures}
 
 
+class NoSpread(estimators.Spread):
+    """Keeps nothing of the spread between batches."""
+
+    def offset(self, batch: bnstats.Moments) -> Tensor:
+        """Return something of the right shape."""
+        return batch.mean
+
+    def add(self, *_: Tensor) -> None:
+        """Do nothing."""
+
+    def sum_of_squares(self, constant: Tensor, *_: Tensor) -> Tensor:
+        """Return something of the right shape."""
+        return constant
+
+
 def without_errors(model: nn.Module, data: list[Tensor]) -> None:
     """Measure with the spread between batches neither kept nor read."""
-    zeros = partial(torch.zeros_like)
-    with (
-        mock.patch.object(estimators.Spread, "offset", lambda self, batch: batch.mean),
-        mock.patch.object(estimators.Spread, "add", lambda self, *features: None),
-        mock.patch.object(estimators.Spread, "sum_of_squares", lambda self, x, *_: zeros(x)),
-    ):
+    with mock.patch.object(estimators, "Spread", NoSpread):
         bnstats.measure_population_stats(model, data)
 
 
