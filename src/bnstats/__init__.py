@@ -4,6 +4,8 @@ The map:
 
 - :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
+- :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
+  :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
@@ -12,6 +14,10 @@ The map:
 
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    CenteredLinear,
     CumulativeBatchNorm,
     CumulativeBatchNorm1d,
     CumulativeBatchNorm2d,
@@ -20,6 +26,10 @@ from bnstats.layers import (
     EMABatchNorm1d,
     EMABatchNorm2d,
     EMABatchNorm3d,
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
 )
 from bnstats.moments import Moments
 from bnstats.recompute import (
@@ -35,6 +45,10 @@ from bnstats.recompute import (
 __all__ = [
     "BnstatsError",
     "BnstatsWarning",
+    "CenteredConv1d",
+    "CenteredConv2d",
+    "CenteredConv3d",
+    "CenteredLinear",
     "CumulativeBatchNorm",
     "CumulativeBatchNorm1d",
     "CumulativeBatchNorm2d",
@@ -46,6 +60,10 @@ __all__ = [
     "EMABatchNorm3d",
     "LayerStats",
     "Moments",
+    "MovingAverageBatchNorm",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "PopulationStats",
     "Recalibration",
     "RunningStats",
