@@ -49,12 +49,12 @@ def mean_square(x: Tensor) -> Tensor:
     count = x.numel() // x.shape[1]
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.device.type == "cpu" and x.dim() > 2:
-        squares = _sums_of_squares(_short_rows(x), precision).sum((0, 2))
-        return squares / count
+        return _sums_of_squares(_short_rows(x), precision).sum((0, 2)).div_(count)
+    if x.device.type == "cpu":
+        return x.to(torch.float64).square().sum(0).div_(count)
     axes = [axis for axis in range(x.dim()) if axis != 1]
-    dtype = wide_dtype(x.device) if x.device.type == "cpu" else precision
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=dtype)
-    return norm.square() / count
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=precision)
+    return norm.square_().div_(count)
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor]:

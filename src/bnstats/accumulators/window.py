@@ -6,6 +6,7 @@ where the host knows it, else a tensor of shape () that the host does not wait f
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -47,19 +48,19 @@ def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) ->
     """
     if isinstance(step, Tensor):
         return _add_on_device(ring, owners, step, value, warmup)
-    if not step or not _is_finite(value):
+    if not step or not is_finite(value):
         return value
-    slot = step % len(ring)
-    owner = int(owners[slot])
+    slot, taken = step % len(ring), owners.tolist()
+    owner = taken[slot]
     if owner == step:
         ring[slot].add_(value)
     elif owner < step:
         ring[slot].copy_(value)
-        owners[slot] = step
+        owners[slot], taken[slot] = step, step
     if step < _warm_from(ring, warmup):
         return value
     total = value if owner == step else ring.sum(0)
-    return total / int(owners.count_nonzero())
+    return total / (len(ring) - taken.count(0))
 
 
 def _add_on_device(
@@ -82,8 +83,9 @@ def latest_steps(num_steps: Tensor, ring: Tensor) -> Tensor:
     return num_steps - (num_steps - slots) % len(ring)
 
 
-def _is_finite(value: Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(value, torch.inf) < torch.inf)
+def is_finite(value: Tensor) -> bool:
+    """Ask on the host whether all of a value is finite."""
+    return math.isfinite(value.sum(dtype=torch.float64))
 
 
 def _slot_of(step: Tensor, ring: Tensor) -> Tensor:

@@ -15,19 +15,19 @@ from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
 from bnstats.layers.about_zero import about_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_number
-from bnstats.layers.windows import Schedule, Windows, take_step
+from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_square
 
-_WINDOWS = {
-    "mean_squares": "window_mean_squares",
-    "scales": "window_scales",
-    "gradients": "window_gradients",
-    "gradient_steps": "window_gradient_steps",
-    "num_steps": "num_steps_tracked",
-}
-"""The buffer of each field of Windows."""
+_WINDOWS = (
+    "window_mean_squares",
+    "window_scales",
+    "window_gradients",
+    "window_gradient_steps",
+    "num_steps_tracked",
+)
+"""The buffers of Windows, in its order."""
 
 _NEAR_ZERO = 1e-3
 """Mean, in standard deviations, that a layer without a mean need not mention."""
@@ -175,9 +175,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         assert self.running_var is not None
         wide = torch.promote_types(self.running_var.dtype, torch.float32)
         windows = Windows.empty(window, self.running_var.to(wide))
-        for field, buffer in _WINDOWS.items():
+        for name, buffer in zip(_WINDOWS, windows, strict=True):
             # Scales serve from a forward to its backward: no checkpoint falls in between.
-            self.register_buffer(buffer, getattr(windows, field), persistent=field != "scales")
+            self.register_buffer(name, buffer, persistent=name != "window_scales")
 
     @staticmethod
     def statistics_about_zero() -> bool:
@@ -201,17 +201,29 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         wide = self.window_mean_squares.dtype
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
+        windows = self._windows()
         with torch.no_grad():
-            chi = mean_square(input.detach()).to(wide)
-            scale = take_step(self._windows(), running_var, chi, self._schedule())
+            chi = mean_square(input).to(wide)
+            scale = take_step(windows, running_var, chi, self._schedule())
             if not in_backward_pass():
-                # The recursion's batch has the variance of the window, and no mean to add.
-                batch = torch.stack((running_mean.to(wide), scale.var))
-                self._track(batch, input.numel() // self.num_features)
-        return about_zero(input, weight, bias, scale, self._windows(), self.eps, self.warmup)
+                self._follow(running_var, scale, input.numel() // self.num_features)
+        return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
+
+    def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
+        """Take the core's step about zero, where no means take part, and count the batch."""
+        var, _, step = scale
+        if isinstance(step, Tensor):
+            weights = self._weights(batch_values, lambda counter: counter)
+            moved = weights.keep * running_var + weights.gain * var
+            running_var.copy_(torch.where(step > 0, moved, running_var))
+            self._count(batch_values, (step > 0).long())
+        elif step:
+            weights = self._weights(batch_values, int)
+            running_var.copy_(running_var.to(var.dtype).lerp(var, weights.gain))
+            self._count(batch_values, 1)
 
     def _windows(self) -> Windows:
-        return Windows(**{field: getattr(self, buffer) for field, buffer in _WINDOWS.items()})
+        return Windows(*(getattr(self, name) for name in _WINDOWS))
 
     def _schedule(self) -> Schedule:
         return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
@@ -226,10 +238,10 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for buffer in _WINDOWS.values():
+        for name in _WINDOWS:
             # Half is too coarse to average in, and a mean square soon overflows it.
-            if getattr(self, buffer).dtype in (torch.float16, torch.bfloat16):
-                setattr(self, buffer, getattr(self, buffer).float())
+            if getattr(self, name).dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, getattr(self, name).float())
         return module
 
     def _load_from_state_dict(
@@ -242,9 +254,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
 
     def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Make a plain checkpoint one about zero, with empty windows."""
-        for field, buffer in zip(self._windows(), _WINDOWS.values(), strict=True):
-            if buffer not in self._non_persistent_buffers_set:
-                state_dict[prefix + buffer] = torch.zeros_like(field)
+        for name in _WINDOWS:
+            if name not in self._non_persistent_buffers_set:
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong

@@ -35,7 +35,8 @@ class Windows(NamedTuple):
 
     Attributes:
         mean_squares: of shape (m, C), the mean square of each step's input.
-        scales: of shape (m, 2, C), the variance and the ratio that each step normalized with.
+        scales: of shape (m, 2, C), the variance and the ratio that each step normalized with;
+            the ratio has no meaning for a step that does not renormalize.
         gradients: of shape (m, C), the mean of gradient times normalized value of each step.
         gradient_steps: of shape (m,), the step that each slot of ``gradients`` belongs to.
         num_steps: of shape (), the steps so far.
@@ -88,8 +89,7 @@ def take_step(
         return scale
     step: Step
     if mean_square.is_cpu:
-        finite = bool(torch.linalg.vector_norm(mean_square, torch.inf) < torch.inf)
-        step = int(windows.num_steps) + 1 if finite else 0
+        step = int(windows.num_steps) + 1 if window.is_finite(mean_square) else 0
     else:
         step = torch.where(mean_square.isfinite().all(), windows.num_steps + 1, 0)
     if in_backward_pass():
@@ -102,12 +102,8 @@ def _advance(
 ) -> Scale:
     window.write(windows.mean_squares, step, mean_square)
     var = window.windowed(windows.mean_squares, step, mean_square, schedule.warmup)
-    ratio = _ratio(var, running_var.to(var.dtype), step, schedule)
-    if ratio is None:
-        scales = torch.stack((var, torch.ones_like(var)))
-    else:
-        scales = torch.stack((var, ratio))
-    window.write(windows.scales, step, scales)
+    ratio = _ratio(var, running_var, step, schedule)
+    window.write(windows.scales, step, torch.stack((var, var if ratio is None else ratio)))
     if isinstance(step, Tensor):
         windows.num_steps.add_(step > 0)
     elif step:
