@@ -226,7 +226,7 @@ class Region(nn.Module):
 class TestCompile:
     @pytest.mark.parametrize("checkpointed", [False, True], ids=["bare", "in a checkpoint"])
     def test_without_a_graph_break_it_is_the_eager_layer(self, checkpointed):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         options = {"window": 3, "warmup": 5, "renorm_warmup": 8}
         eager = nn.Sequential(
             bnstats.CenteredConv2d(3, 4, 3), make(2, 4, **options), nn.ReLU(), make(2, 4, **options)
