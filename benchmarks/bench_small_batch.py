@@ -18,9 +18,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bnstats import CenteredConv2d, CenteredLinear, MovingAverageBatchNorm1d, MovingAverageBatchNorm2d
-from bnstats.cli.digits import Digits
 from torch import Tensor, nn
+
+from bnstats import (
+    CenteredConv2d,
+    CenteredLinear,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+)
+from bnstats.cli.digits import Digits
 
 GRADIENT_BATCH = 32
 LEARNING_RATE = 0.1
@@ -139,7 +145,8 @@ def main(quick: bool = False, output: Path | None = None) -> dict[str, list[Run]
             print(f"| {setting.name} | {setting.batch} | {spread} |", flush=True)
             results[f"{kind}, {setting.name}, {setting.batch}"] = runs
     if output is not None:
-        output.write_text(json.dumps({name: [vars(r) for r in runs] for name, runs in results.items()}))
+        curves = {name: [vars(run) for run in runs] for name, runs in results.items()}
+        output.write_text(json.dumps(curves))
     return results
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.parallel import DataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -419,6 +419,19 @@ def test_wrappers_are_seen_through(wrap):
     assert [*result.after] == ["1", "5", "8"]
     result.after.apply_to(network())
     assert torch.equal(inner[1].running_mean, result.after["1"].mean.float())
+
+
+def test_distributed_data_parallel_is_seen_through(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = trained()
+        result = bnstats.recompute_population_stats(DistributedDataParallel(model), uneven())
+        assert [*result.after] == ["1", "5", "8"]
+        assert torch.equal(model[8].running_var, result.after["8"].var.float())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_compiled_parts_inside_are_seen_through_and_still_observed():

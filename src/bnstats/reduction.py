@@ -93,11 +93,9 @@ def _sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, rows, length), per channel; return float64."""
     if rows.stride(-1) == 1:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
-        squares = norms.double().square_()
-    else:  # channels_last, whose norm over a strided axis is slow
-        squares = rows.to(_accumulator(rows)).square().sum(-1).double()
-    # Not a norm of the norms: over the first axis it takes a hundred times as long.
-    return squares.sum((0, 2))
+        return norms.double().square_().sum((0, 2))
+    # channels_last: a norm over a strided axis is slow
+    return rows.to(_accumulator(rows)).square().sum(-1).sum((0, 2), dtype=torch.float64)
 
 
 def _short_rows(x: Tensor) -> Tensor:
