@@ -3,23 +3,22 @@
 The gradient batch is 32 for all: it is normalized in parts of the normalization batch, each
 with a forward and a backward of its own, whose gradients add up to one optimizer step. A
 layer's windows and running averages move once per part.
-
-Run with ``python -m benchmarks.bench_small_batch [--quick] [--json FILE]``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.report import RESULTS, machine
 from bnstats import (
     CenteredConv2d,
     CenteredLinear,
@@ -70,29 +69,48 @@ class Run:
         return self.errors[max(self.errors)]
 
 
-def settings(kind: str) -> list[Setting]:
-    """Return the rows for the MLP or the convolutional net."""
+def comparison(kind: str) -> list[Setting]:
+    """Return the rows that compare the layers, in the MLP or the convolutional net."""
     if kind == "mlp":
-        build, plain, layer = mlp, nn.BatchNorm1d, MovingAverageBatchNorm1d
-        before, centered = nn.Linear, CenteredLinear
+        make = lambda: mlp(nn.BatchNorm1d, nn.Linear)  # noqa: E731
     else:
-        build, plain, layer = conv_net, nn.BatchNorm2d, MovingAverageBatchNorm2d
-        before, centered = nn.Conv2d, CenteredConv2d
-
-    def moving_average(batch: int, window: int, **options: int) -> Setting:
-        name = f"moving average, window {window}"
-        name += "".join(f", {key} {value}" for key, value in options.items())
-
-        def norm(channels: int) -> nn.Module:
-            return layer(channels, window=window, **{"warmup": 100, **options})
-
-        return Setting(name, batch, lambda: build(norm, centered))
-
+        make = lambda: conv_net(nn.BatchNorm2d, nn.Conv2d)  # noqa: E731
     return [
-        *(Setting("BatchNorm", batch, lambda: build(plain, before)) for batch in (32, 4, 2)),
-        moving_average(4, 8),
-        moving_average(2, 16),
+        *(Setting("BatchNorm", batch, make) for batch in (32, 4, 2)),
+        moving_average(kind, 4, window=8),
+        moving_average(kind, 2, window=16),
     ]
+
+
+def moving_average(kind: str, batch: int, **options: float) -> Setting:
+    """Return a row with moving averages; warm-up 100 unless the options say else."""
+    name = "moving average, " + ", ".join(f"{key} {value:g}" for key, value in options.items())
+    options = {"warmup": 100, **options}
+    if kind == "mlp":
+        norm = partial(MovingAverageBatchNorm1d, **options)
+        return Setting(name, batch, lambda: mlp(norm, CenteredLinear))
+    norm = partial(MovingAverageBatchNorm2d, **options)
+    return Setting(name, batch, lambda: conv_net(norm, CenteredConv2d))
+
+
+OPTIONS: list[dict[str, float]] = [
+    {"window": 4},
+    {"window": 64},
+    {"window": 256},
+    {"window": 16, "warmup": 0},
+    {"window": 16, "warmup": 1600},
+    {"window": 16, "renorm_warmup": 100},
+    {"window": 16, "renorm_warmup": 10**6},
+    {"window": 16, "momentum": 0.002},
+    {"window": 16, "momentum": 0.2},
+]
+"""One at a time, at a batch of 2: 16 forwards to an optimizer step."""
+
+TABLES = {
+    "mlp": comparison("mlp"),
+    "convolutional net": comparison("conv"),
+    "mlp, the options": [moving_average("mlp", 2, **options) for options in OPTIONS],
+}
 
 
 def train(setting: Setting, digits: Digits, *, steps: int, seed: int) -> Run:
@@ -128,31 +146,27 @@ def test_error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return round(100 * float(wrong), 2)
 
 
-def main(quick: bool = False, output: Path | None = None) -> dict[str, list[Run]]:
-    """Print a table of test errors, and return the runs."""
-    seeds, steps = (1, 60) if quick else (5, 400)
-    results = {}
-    for kind in ("mlp", "conv"):
-        print(f"\n{kind}, {steps} steps, {seeds} seeds: test error in %, median (range)")
-        print("| normalization | batch | test error |")
-        print("| --- | --- | --- |")
-        for setting in settings(kind):
+def main(quick: bool = False) -> None:
+    """Print tables of test errors; keep them and each row's first curves, unless quick."""
+    seeds, steps = (1, 20) if quick else (5, 400)
+    lines, curves = [f"`python -m benchmarks.bench_small_batch` on {machine()}."], {}
+    for title, settings in TABLES.items():
+        lines += ["", f"{title}, {steps} steps, {seeds} seeds; test error in %:", ""]
+        lines += ["| normalization | batch | median | range |", "| --- | --- | --- | --- |"]
+        for setting in settings:
             runs = [
                 train(setting, Digits.load(seed), steps=steps, seed=seed) for seed in range(seeds)
             ]
             errors = [run.error for run in runs]
-            spread = f"{statistics.median(errors):.1f} ({min(errors):.1f} to {max(errors):.1f})"
-            print(f"| {setting.name} | {setting.batch} | {spread} |", flush=True)
-            results[f"{kind}, {setting.name}, {setting.batch}"] = runs
-    if output is not None:
-        curves = {name: [vars(run) for run in runs] for name, runs in results.items()}
-        output.write_text(json.dumps(curves))
-    return results
+            spread = f"{statistics.median(errors):.1f} | {min(errors):.1f} to {max(errors):.1f}"
+            lines.append(f"| {setting.name} | {setting.batch} | {spread} |")
+            print(title, lines[-1], flush=True)
+            curves[f"{title}, {setting.name}, batch {setting.batch}"] = vars(runs[0])
+    print("\n".join(lines))
+    if not quick:
+        (RESULTS / "small_batch.md").write_text("\n".join([*lines, ""]))
+        (RESULTS / "small_batch.json").write_text(json.dumps(curves))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
-    parser.add_argument("--json", type=Path, help="where the curves go")
-    arguments = parser.parse_args()
-    main(arguments.quick, arguments.json)
+    main("--quick" in sys.argv)
