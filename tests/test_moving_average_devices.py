@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from moving_average import make, same, state, train
 from torch.utils.checkpoint import checkpoint
 
 from bnstats.layers import about_zero, windows
+from moving_average import make, same, state, train
 
 
 class TestDevicePath:
