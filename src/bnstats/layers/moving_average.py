@@ -179,8 +179,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             # Scales serve from a forward to its backward: no checkpoint falls in between.
             self.register_buffer(name, buffer, persistent=name != "window_scales")
 
-    @staticmethod
-    def statistics_about_zero() -> bool:
+    def statistics_about_zero(self) -> bool:
         """Say that running_mean is 0 and running_var is about zero."""
         return True
 
