@@ -8,10 +8,21 @@ The map:
   :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
+- :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
+  :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
+from bnstats.diagnose import (
+    BatchStatsRecord,
+    LayerRecord,
+    RunningError,
+    estimate_running_error,
+    plot_batch_stats,
+    plot_drift,
+    record_batch_stats,
+)
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
     CenteredConv1d,
@@ -43,6 +54,7 @@ from bnstats.recompute import (
 )
 
 __all__ = [
+    "BatchStatsRecord",
     "BnstatsError",
     "BnstatsWarning",
     "CenteredConv1d",
@@ -58,6 +70,7 @@ __all__ = [
     "EMABatchNorm1d",
     "EMABatchNorm2d",
     "EMABatchNorm3d",
+    "LayerRecord",
     "LayerStats",
     "Moments",
     "MovingAverageBatchNorm",
@@ -66,9 +79,14 @@ __all__ = [
     "MovingAverageBatchNorm3d",
     "PopulationStats",
     "Recalibration",
+    "RunningError",
     "RunningStats",
+    "estimate_running_error",
     "measure_population_stats",
+    "plot_batch_stats",
+    "plot_drift",
     "recompute_population_stats",
+    "record_batch_stats",
 ]
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.moments import Number, Weights, fold
+from bnstats.moments import Number, Weights, fold, fold_
 from bnstats.private import in_backward_pass
 
 
@@ -96,18 +96,20 @@ class RunningStatsBatchNorm(_BatchNorm):
         """Fold a batch's mean and unbiased variance in, unless they are not finite."""
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None and running_var is not None
-        mean, var = running_mean.to(batch_var.dtype), running_var.to(batch_var.dtype)
+        mean, var = running_mean, running_var
+        if mean.dtype != batch_var.dtype:  # half buffers: the step is taken wide
+            mean, var = mean.to(batch_var.dtype), var.to(batch_var.dtype)
         # Where the mean is not finite, neither is the variance about it.
+        largest = batch_var.max()
         if batch_var.is_cpu and not torch.compiler.is_compiling():
             # On CPU the host knows every number; numbers are cheaper than small tensors.
-            if not math.isfinite(batch_var.max()):
+            if not math.isfinite(largest):
                 return
-            weights = self._weights(batch_values, int)
-            mean, var = fold(mean, var, batch_mean, batch_var, weights)
+            fold_(mean, var, batch_mean, batch_var, self._weights(batch_values, int))
             counted: Tensor | int = 1
         else:
             # The host must not wait for the device: the choice is made there.
-            finite = batch_var.max().isfinite()
+            finite = largest.isfinite()
             weights = self._weights(batch_values, lambda counter: counter)
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
