@@ -59,22 +59,21 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
     purpose, not the derivative of the output: the averages over the window stand for those
     over a large batch. In evaluation it is ``nn.BatchNorm``; one value per channel will do.
 
-    How to choose, counting in training forwards (of which gradient accumulation makes several
-    in an optimizer's step):
+    How to choose, counting in training forwards, of which gradient accumulation makes several
+    in an optimizer's step:
 
-    - ``window``: window times batch is the batch that the statistics are worth; 32 to 64 values
-      per channel from as many samples are enough. A longer window averages over weights that
-      have moved: no more than a few optimizer steps while the learning rate is high.
-    - ``warmup``: until then the layer is a noisy batch norm. Long enough to fill the window and
-      leave the first, fast steps behind, short against the training: at most a tenth of it.
-    - ``renorm_warmup``: from then on the output is as in evaluation, slowly following; give
-      running_var some ``2 / momentum`` forwards to settle. Beyond the end of a short training
-      it never begins, which does little harm.
-    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards. Small batches
-      need more of them: 0.02 for a batch of 2 to 4, 0.1 for 16 and more.
+    - ``window``: window times batch is the batch that the statistics are worth; 32 samples are
+      a good start. More gives little, and lags while the weights still move fast.
+    - ``warmup``: until then the layer is a batch norm over few values. Long enough for the
+      window to fill, short against the training: a quarter of it costs accuracy.
+    - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
+      ``2 / momentum`` forwards to settle; a short training does as well without it.
+    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards; the smaller
+      the batch, the more of them it takes.
 
-    With batches of 16 and more, or many positions to a channel, as in early layers of a
-    convolutional net, batch norm's statistics are good and this layer has nothing to mend.
+    Where batch norm has many values (batches of 16 and more, or the positions of a
+    convolutional net's early layers) this layer has nothing to mend, and costs a little
+    accuracy. Measurements of all this are in ``benchmarks/results``, small_batch.
 
     Args:
         num_features: C, the number of channels.
