@@ -182,6 +182,14 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         """Say that running_mean is 0 and running_var is about zero."""
         return True
 
+    def last_normalization(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and ratio r of the latest forward that counted, each (C,)."""
+        step = self.num_steps_tracked
+        slot = (step % self.window).view(1)
+        var, ratio = self.window_scales.index_select(0, slot).squeeze(0).unbind()
+        ratio = torch.where(step > max(self.renorm_warmup, self.warmup), ratio, 1)
+        return torch.zeros_like(var), var, ratio
+
     def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
         if self.momentum is not None:
             return averaging(self.momentum, pooled=False)
