@@ -29,8 +29,7 @@ _WINDOWS = (
 )
 """The buffers of Windows, in its order."""
 
-_NEAR_ZERO = 1e-3
-"""Mean, in standard deviations, that a layer without a mean need not mention."""
+_NEAR_ZERO = 1e-3  # a mean, in standard deviations, that a layer without one need not mention
 
 
 class MovingAverageBatchNorm(RunningStatsBatchNorm):
