@@ -40,7 +40,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        _check_num_features(name, num_features)
+        check_count(name, "num_features", num_features, 1)
         _check_eps(name, eps)
         _check_momentum(name, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -119,13 +119,12 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._count(batch_values, counted)
 
 
-def _check_num_features(name: str, num_features: int) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int):
-        raise InvalidTypeError(
-            f"{name}: num_features: expected an int, got {type(num_features).__name__}"
-        )
-    if num_features < 1:
-        raise InvalidValueError(f"{name}: num_features: expected 1 or more, got {num_features}")
+def check_count(name: str, argument: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
 
 
 def check_number(name: str, argument: str, value: Any) -> None:

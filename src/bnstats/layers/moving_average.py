@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
-from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.errors import BnstatsWarning, InvalidValueError
 from bnstats.layers.about_zero import about_zero
-from bnstats.layers.base import RunningStatsBatchNorm, check_number
+from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
 from bnstats.private import in_backward_pass
@@ -29,8 +29,7 @@ _WINDOWS = (
 )
 """The buffers of Windows, in its order."""
 
-_NEAR_ZERO = 1e-3
-"""Mean, in standard deviations, that a layer without a mean need not mention."""
+_NEAR_ZERO = 1e-3  # a mean, in standard deviations, that a layer without one need not mention
 
 
 class MovingAverageBatchNorm(RunningStatsBatchNorm):
@@ -68,12 +67,10 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
       window to fill, short against the training: a quarter of it costs accuracy.
     - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
       ``2 / momentum`` forwards to settle; a short training does as well without it.
-    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards; the smaller
-      the batch, the more of them it takes.
+    - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
-    Where batch norm has many values (batches of 16 and more, or the positions of a
-    convolutional net's early layers) this layer has nothing to mend, and costs a little
-    accuracy. Measurements of all this are in ``benchmarks/results``, small_batch.
+    Where batch norm has many values (batches of 16 and more, many positions in an image) this
+    layer has nothing to mend. Measurements are in ``benchmarks/results``, small_batch.
 
     Args:
         num_features: C, the number of channels.
@@ -118,7 +115,6 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
 
         Under activation checkpointing a forward that runs again gets what it got the first
         time, found among the last m forwards by its mean squares; it moves nothing.
-
         A loss scale is in psi: when it changes, Psi is off for a window. bfloat16 needs none.
 
     Example:
@@ -157,9 +153,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         max_ratio: float = 5.0,
     ) -> None:
         name = type(self).__name__
-        _check_count(name, "window", window, 1)
-        _check_count(name, "warmup", warmup, 0)
-        _check_count(name, "renorm_warmup", renorm_warmup, 0)
+        check_count(name, "window", window, 1)
+        check_count(name, "warmup", warmup, 0)
+        check_count(name, "renorm_warmup", renorm_warmup, 0)
         _check_max_ratio(name, max_ratio)
         if not track_running_stats:
             raise InvalidValueError(
@@ -225,7 +221,6 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             running_var.copy_(torch.where(step > 0, after, before))
             self._count(batch_values, (step > 0).long())
         elif step:
-            # Numbers as weights: one operator for what takes four.
             weights = self._weights(batch_values, int)
             running_var.copy_(before.lerp(var, weights.gain))
             self._count(batch_values, 1)
@@ -305,13 +300,6 @@ class MovingAverageBatchNorm3d(MovingAverageBatchNorm, nn.BatchNorm3d):
     """:class:`MovingAverageBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
 
     _input_dims = (5,)
-
-
-def _check_count(name: str, argument: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
 
 
 def _check_max_ratio(name: str, value: float) -> None:
