@@ -61,6 +61,32 @@ def test_the_four_statistics_are_those_of_the_definition(make):
         np.testing.assert_allclose(got, values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
+@pytest.mark.parametrize("renorm_warmup", [3, 1000])
+def test_a_moving_average_layers_record_is_of_what_it_normalizes_with(renorm_warmup):
+    layer = bnstats.MovingAverageBatchNorm1d(
+        3, window=2, warmup=2, renorm_warmup=renorm_warmup, momentum=0.3, dtype=torch.float64
+    )
+    nn.init.normal_(layer.weight)
+    data = torch.randn(6, 4, 3, dtype=torch.float64)
+    gradients = torch.randn_like(data)
+    running = torch.ones(3, dtype=torch.float64)
+    with bnstats.record_batch_stats(nn.Sequential(layer)) as record:
+        for x, gradient in zip(data, gradients, strict=True):
+            layer(x).backward(gradient)
+    for t, (x, gradient) in enumerate(zip(data, gradients, strict=True), start=1):
+        chi = data.square().mean(1)
+        var = chi[t - 2 : t].mean(0) if t > 2 else chi[t - 1]
+        ratio = ((var + layer.eps) / (running + layer.eps)).sqrt().clamp(1 / 5, 5)
+        ratio = ratio if t > renorm_warmup else torch.ones(3)
+        running = 0.7 * running + 0.3 * var
+        y = ratio * x / (var + layer.eps).sqrt()
+        row = [getattr(record["0"], name)[t - 1] for name in ("mean", "var", "g", "psi")]
+        weighted = layer.weight.detach() * gradient
+        expected = [torch.zeros(3), var, weighted.mean(0), (y * weighted).mean(0)]
+        for got, value in zip(row, expected, strict=True):
+            torch.testing.assert_close(got, value.double(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", cases.SHAPES.values(), ids=cases.SHAPES.keys())
 def test_any_number_of_dimensions_is_recorded_as_its_values_are(shape):
     dims, size = shape

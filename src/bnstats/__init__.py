@@ -4,6 +4,8 @@ The map:
 
 - :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
+- :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
+  :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
@@ -23,6 +25,10 @@ from bnstats.diagnose import (
 )
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    CenteredLinear,
     CumulativeBatchNorm,
     CumulativeBatchNorm1d,
     CumulativeBatchNorm2d,
@@ -31,6 +37,10 @@ from bnstats.layers import (
     EMABatchNorm1d,
     EMABatchNorm2d,
     EMABatchNorm3d,
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
 )
 from bnstats.moments import Moments
 from bnstats.recompute import (
@@ -47,6 +57,10 @@ __all__ = [
     "BatchStatsRecord",
     "BnstatsError",
     "BnstatsWarning",
+    "CenteredConv1d",
+    "CenteredConv2d",
+    "CenteredConv3d",
+    "CenteredLinear",
     "CumulativeBatchNorm",
     "CumulativeBatchNorm1d",
     "CumulativeBatchNorm2d",
@@ -59,6 +73,10 @@ __all__ = [
     "LayerRecord",
     "LayerStats",
     "Moments",
+    "MovingAverageBatchNorm",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "PopulationStats",
     "Recalibration",
     "RunningError",

@@ -8,6 +8,8 @@ float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,20 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(wide), var.to(wide) * (x.numel() // x.shape[1])
 
 
+def mean_square(x: Tensor) -> Tensor:
+    """Return the mean of the squares per channel, for x of shape (N, C, ...) with values.
+
+    In the wide dtype on CPU, elsewhere in float32 or x's own precision if that is higher.
+    """
+    count = x.numel() // x.shape[1]
+    if x.device.type != "cpu":
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=_accumulator(x))
+        return norm.square_().div_(count)
+    squares = _sums_of_squares(_short_rows(x)) if x.dim() > 2 else x.double().square().sum(0)
+    return squares.div_(count)
+
+
 def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two passes: the mean, then the squares about it, corrected for the mean's rounding."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -57,13 +73,8 @@ def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Add up rows and their squares in x's precision, the rows' results in float64."""
     count = x.numel() // x.shape[1]
     rows = _short_rows(x)
-    sums = rows.sum(-1, dtype=_accumulator(x))
-    if rows.stride(-1) == 1:
-        norms = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(x))
-        squares = norms.double().square_().sum((0, 2))
-    else:  # channels_last: a norm over a strided axis is slow
-        squares = rows.to(_accumulator(x)).square().sum(-1).sum((0, 2), dtype=torch.float64)
-    total = sums.sum((0, 2), dtype=torch.float64)
+    total = rows.sum(-1, dtype=_accumulator(x)).sum((0, 2), dtype=torch.float64)
+    squares = _sums_of_squares(rows)
     mean = total / count
     squared_mean = total * mean
     m2 = squares - squared_mean
@@ -80,9 +91,18 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _sums_of_squares(rows: Tensor) -> Tensor:
+    """Add up the squares of rows, (N, C, rows, length), per channel; return float64."""
+    if rows.stride(-1) == 1:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
+        return norms.double().square_().sum((0, 2))
+    # channels_last: a norm over a strided axis is slow
+    return rows.to(_accumulator(rows)).square().sum(-1).sum((0, 2), dtype=torch.float64)
+
+
 def _short_rows(x: Tensor) -> Tensor:
     """View x of shape (N, C, ...) as rows, (N, C, rows, length), of at most the longest length."""
-    length = x[0, 0].numel()
+    length = math.prod(x.shape[2:])
     fewest = -(-length // _LONGEST_ROW)
     # A length without a fitting divisor, a large prime say, stays whole.
     parts = next((n for n in range(fewest, 4 * fewest) if length % n == 0), 1)

@@ -40,7 +40,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        _check_num_features(name, num_features)
+        check_count(name, "num_features", num_features, 1)
         _check_eps(name, eps)
         _check_momentum(name, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -119,22 +119,22 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._count(batch_values, counted)
 
 
-def _check_num_features(name: str, num_features: int) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int):
-        raise InvalidTypeError(
-            f"{name}: num_features: expected an int, got {type(num_features).__name__}"
-        )
-    if num_features < 1:
-        raise InvalidValueError(f"{name}: num_features: expected 1 or more, got {num_features}")
+def check_count(name: str, argument: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
 
 
-def _check_number(name: str, argument: str, value: Any) -> None:
+def check_number(name: str, argument: str, value: Any) -> None:
+    """Refuse an argument that is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
 def _check_eps(name: str, eps: float) -> None:
-    _check_number(name, "eps", eps)
+    check_number(name, "eps", eps)
     if not 0 < eps < math.inf:
         raise InvalidValueError(f"{name}: eps: expected a positive number, got {eps}")
 
@@ -142,7 +142,7 @@ def _check_eps(name: str, eps: float) -> None:
 def _check_momentum(name: str, momentum: float | None) -> None:
     if momentum is None:
         return
-    _check_number(name, "momentum", momentum)
+    check_number(name, "momentum", momentum)
     if not 0 <= momentum <= 1:
         raise InvalidValueError(
             f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "
