@@ -1,5 +1,7 @@
 """Standard errors that are the real errors, and stopping when they are small enough."""
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 import bnstats
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.recompute.stopping import looks
 
 METHODS = ["pooled", "batch_average", "ema"]
 REPETITIONS = 200  # each one a channel, so that one pass simulates them all
@@ -87,8 +90,10 @@ def test_the_errors_are_small_enough_on_stopping_and_no_batch_is_read_in_vain(me
     assert stats.num_batches == len(read)
     reported = [stats.mean_stderr / stats.var.sqrt(), stats.var_stderr / stats.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) <= tolerance
-    one_less = measure(iter(read), method, max_batches=len(read) * 15 // 16 - 1)
-    reported = [one_less.mean_stderr / one_less.var.sqrt(), one_less.var_stderr / one_less.var]
+    look_before = max(takewhile(lambda look: look < len(read), looks(tolerance)))
+    assert len(read) - look_before <= max(4, len(read) // 8)
+    before = measure(iter(read), method, max_batches=look_before)
+    reported = [before.mean_stderr / before.var.sqrt(), before.var_stderr / before.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) > tolerance
     mean, var = truth(method)
     assert ratio(stats.mean - mean, stats.var.sqrt()) < 1.25 * tolerance

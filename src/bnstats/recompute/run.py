@@ -89,7 +89,7 @@ def recompute_population_stats(
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
             deviations) and that of the variance (relative) are at most this. Looked at after 8
-            batches, and then at every one, later at every sixteenth part more
+            batches, then at every fourth, later at every eighth part more
             (``"layerwise"`` starts over with twice as many). The errors come from the spread
             between batches, which should be shuffled; where the loader has a length and was
             not read whole, they are those of a sample of its batches (finite population
