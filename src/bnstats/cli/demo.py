@@ -8,7 +8,8 @@ mends. The second normalizes over 32 digits, over 2, and over 2 with moving aver
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,12 +55,24 @@ def run(options: argparse.Namespace) -> None:
     if not options.output.parent.is_dir():
         raise FileNotFoundError(f"--output: there is no folder {options.output.parent}")
     digits = Digits.load(options.seed)
-    looks = _first_act(digits, options)
-    trainings = _second_act(digits, options)
+    with _one_thread():
+        looks = _first_act(digits, options)
+        trainings = _second_act(digits, options)
     _tell_first(looks, digits)
     _tell_second(trainings, digits)
     figure_of(looks, trainings).savefig(options.output, dpi=150)
     print(f"\nfigure saved to {options.output}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Nets so small are faster on one thread, and give the same results on any machine's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
