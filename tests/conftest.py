@@ -8,7 +8,7 @@ import torch
 
 def _import_torchvision():
     try:
-        pass
+        import torchvision  # noqa: F401  its import is what is tried
     except RuntimeError:
         # Its wheel is built against CUDA: its import asks for two operators of its own library,
         # which does not load beside a CPU torch. The models need neither.

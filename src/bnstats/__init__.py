@@ -4,12 +4,15 @@ The map:
 
 - :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
+- :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
+  in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
+from bnstats.convert import convert_batchnorm, revert_batchnorm
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
     CumulativeBatchNorm,
@@ -49,8 +52,10 @@ __all__ = [
     "PopulationStats",
     "Recalibration",
     "RunningStats",
+    "convert_batchnorm",
     "measure_population_stats",
     "recompute_population_stats",
+    "revert_batchnorm",
 ]
 
 __version__ = "0.1.0"

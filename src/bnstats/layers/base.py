@@ -57,6 +57,13 @@ class RunningStatsBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(counted)
 
+    def adopt_statistics(self) -> None:
+        """Make statistics that came without a history of this layer's fit to go on from.
+
+        Conversion asks for it, when the running statistics have become this layer's. Evaluation
+        must not change, as far as the layer can help it.
+        """
+
     def _check_input_dim(self, input: Tensor) -> None:
         expected = self._input_dims
         if input.dim() not in expected or input.shape[1] != self.num_features:
