@@ -39,6 +39,7 @@ def family(name, prefix, **kwargs):
 FAMILIES = [
     family("ema", "EMABatchNorm"),
     family("cumulative", "CumulativeBatchNorm"),
+    family("moving_average", "MovingAverageBatchNorm", batch_statistics=False),
 ]
 
 

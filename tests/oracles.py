@@ -36,3 +36,50 @@ def batch_average(batches):
 def gaussian_kl(mean_p, var_p, mean_q, var_q):
     """KL(p || q) of one-dimensional Gaussians, in nats."""
     return 0.5 * (np.log(var_q / var_p) + (var_p + (mean_p - mean_q) ** 2) / var_q - 1)
+
+
+class MovingAverage:
+    """MABN as DESIGN section 4 states it, for one layer: forward, backward, state."""
+
+    def __init__(self, channels, *, eps, momentum, window, warmup, renorm_warmup, max_ratio):
+        self.eps, self.momentum, self.m = eps, momentum, window
+        self.warmup, self.renorm_warmup, self.max_ratio = warmup, renorm_warmup, max_ratio
+        self.weight, self.bias = np.ones(channels), np.zeros(channels)
+        self.running_var = np.ones(channels)
+        self.chi = np.zeros((window, channels))
+        self.psi = np.zeros((window, channels))
+        self.t = 0
+
+    def forward(self, x):
+        """The output, and what the backward needs of this forward."""
+        x = np.asarray(x, dtype=np.float64)
+        self.t += 1
+        chi = (values(x) ** 2).mean(0)
+        self.chi[self.t % self.m] = chi
+        warm = self.t > self.m and self.t >= self.warmup
+        var = self.chi.mean(0) if warm else chi
+        r = np.ones_like(var)
+        if self.t > max(self.renorm_warmup, self.warmup):
+            r = np.sqrt(var + self.eps) / np.sqrt(self.running_var + self.eps)
+            r = np.clip(r, 1 / self.max_ratio, self.max_ratio)
+        self.running_var = (1 - self.momentum) * self.running_var + self.momentum * var
+        c = _per_channel(x)
+        z = x / c(np.sqrt(var + self.eps))
+        return c(self.weight * r) * z + c(self.bias), (self.t, warm, var, r, z)
+
+    def backward(self, grad, saved):
+        """Gradients of x, weight and bias."""
+        t, warm, var, r, z = saved
+        grad = np.asarray(grad, dtype=np.float64)
+        c = _per_channel(grad)
+        g = grad * c(self.weight * r)
+        psi = values(g * z).mean(0)
+        self.psi[t % self.m] = psi
+        mean = self.psi.mean(0) if warm else psi
+        grad_x = (g - z * c(mean)) / c(np.sqrt(var + self.eps))
+        return grad_x, values(grad * c(r) * z).sum(0), values(grad).sum(0)
+
+
+def _per_channel(x):
+    """A function that gives numbers per channel the axes of x."""
+    return lambda numbers: numbers.reshape(-1, *[1] * (x.ndim - 2))

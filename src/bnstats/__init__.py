@@ -4,6 +4,8 @@ The map:
 
 - :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
+- :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
+  :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
 - :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
   in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
@@ -15,6 +17,10 @@ The map:
 from bnstats.convert import convert_batchnorm, revert_batchnorm
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    CenteredLinear,
     CumulativeBatchNorm,
     CumulativeBatchNorm1d,
     CumulativeBatchNorm2d,
@@ -23,6 +29,10 @@ from bnstats.layers import (
     EMABatchNorm1d,
     EMABatchNorm2d,
     EMABatchNorm3d,
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
 )
 from bnstats.moments import Moments
 from bnstats.recompute import (
@@ -38,6 +48,10 @@ from bnstats.recompute import (
 __all__ = [
     "BnstatsError",
     "BnstatsWarning",
+    "CenteredConv1d",
+    "CenteredConv2d",
+    "CenteredConv3d",
+    "CenteredLinear",
     "CumulativeBatchNorm",
     "CumulativeBatchNorm1d",
     "CumulativeBatchNorm2d",
@@ -49,6 +63,10 @@ __all__ = [
     "EMABatchNorm3d",
     "LayerStats",
     "Moments",
+    "MovingAverageBatchNorm",
+    "MovingAverageBatchNorm1d",
+    "MovingAverageBatchNorm2d",
+    "MovingAverageBatchNorm3d",
     "PopulationStats",
     "Recalibration",
     "RunningStats",

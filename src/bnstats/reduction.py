@@ -41,6 +41,22 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(wide), var.to(wide) * (x.numel() // x.shape[1])
 
 
+def mean_square(x: Tensor) -> Tensor:
+    """Return the mean of the squares per channel, for x of shape (N, C, ...) with values.
+
+    In the wide dtype on CPU, elsewhere in float32 or x's own precision if that is higher.
+    """
+    count = x.numel() // x.shape[1]
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type == "cpu" and x.dim() > 2:
+        return _sums_of_squares(_short_rows(x), precision).sum((0, 2)).div_(count)
+    if x.device.type == "cpu":
+        return x.to(torch.float64).square().sum(0).div_(count)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=precision)
+    return norm.square_().div_(count)
+
+
 def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two passes: the mean, then the squares about it, corrected for the mean's rounding."""
     axes = [axis for axis in range(x.dim()) if axis != 1]
@@ -59,10 +75,7 @@ def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = _short_rows(x)
     sums = rows.sum(-1, dtype=precision)
-    if rows.stride(-1) == 1:
-        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=precision).double().square_()
-    else:  # channels_last, whose norm over a strided axis is slow
-        squares = rows.to(precision).square().sum(-1).double()
+    squares = _sums_of_squares(rows, precision)
     others = [axis for axis in range(rows.dim() - 1) if axis != 1]
     mean = sums.sum(others, dtype=torch.float64) / count
     mean_square = squares.sum(others) / count
@@ -75,6 +88,15 @@ def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         mean[channels], exact = _centered(x.index_select(1, channels).double())
         var[channels] = exact / count
     return mean, var * count
+
+
+def _sums_of_squares(rows: Tensor, precision: torch.dtype) -> Tensor:
+    """Add up the squares of the last axis in ``precision``; return float64."""
+    if rows.stride(-1) == 1:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=precision)
+        return norms.double().square_()
+    # channels_last, whose norm over a strided axis is slow
+    return rows.to(precision).square().sum(-1).double()
 
 
 def _short_rows(x: Tensor) -> Tensor:

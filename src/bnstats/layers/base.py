@@ -133,13 +133,14 @@ def _check_num_features(name: str, num_features: int) -> None:
         raise InvalidValueError(f"{name}: num_features: expected 1 or more, got {num_features}")
 
 
-def _check_number(name: str, argument: str, value: Any) -> None:
+def check_number(name: str, argument: str, value: Any) -> None:
+    """Refuse an argument that is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
 def _check_eps(name: str, eps: float) -> None:
-    _check_number(name, "eps", eps)
+    check_number(name, "eps", eps)
     if not 0 < eps < math.inf:
         raise InvalidValueError(f"{name}: eps: expected a positive number, got {eps}")
 
@@ -147,7 +148,7 @@ def _check_eps(name: str, eps: float) -> None:
 def _check_momentum(name: str, momentum: float | None) -> None:
     if momentum is None:
         return
-    _check_number(name, "momentum", momentum)
+    check_number(name, "momentum", momentum)
     if not 0 <= momentum <= 1:
         raise InvalidValueError(
             f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "

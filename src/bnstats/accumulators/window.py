@@ -1,0 +1,97 @@
+"""The mean of the last m values, in ring buffers: step t has slot ``t mod m``.
+
+Steps count from 1. A step of 0 is one that does not count: it has no slot. A step is a number
+where the host knows it, else a tensor of shape () that the host does not wait for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Step: TypeAlias = int | Tensor
+
+
+def write(ring: Tensor, step: Step, value: Tensor) -> None:
+    """Write a step's value, of shape (..., C), into its slot of a ring, of shape (m, ..., C)."""
+    if isinstance(step, Tensor):
+        slot = _slot_of(step, ring).view(-1, *[1] * value.dim())
+        ring.copy_(torch.where(slot, value, ring))
+    elif step:
+        ring[step % len(ring)].copy_(value)
+
+
+def windowed(ring: Tensor, step: Step, value: Tensor, warmup: int) -> Tensor:
+    """Return the mean of the ring once the step is warm, until then the step's own value.
+
+    Warm is a step after more than m and at least ``warmup`` steps.
+    """
+    if isinstance(step, Tensor):
+        return torch.where(step >= _warm_from(ring, warmup), ring.mean(0), value)
+    return ring.mean(0) if step >= _warm_from(ring, warmup) else value
+
+
+def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) -> Tensor:
+    """Add a value of a step to its slot; return its part in the window's mean.
+
+    Values of one step may come in several parts, in any order of steps. ``owners``, of shape
+    (m,), holds the step that each slot belongs to, 0 where there is none yet. The first part of
+    a step takes its slot over, the others add to it; one that comes later than a whole turn of
+    the ring finds its slot taken, and changes nothing. The mean is over the slots taken.
+
+    The results for all parts of one step add up to the mean with all of them in it: the first
+    part's is the mean of the ring, the others' their own share in it. Before the step is warm,
+    and for a value that is not finite, which is not written, the result is the value itself.
+    """
+    if isinstance(step, Tensor):
+        return _add_on_device(ring, owners, step, value, warmup)
+    if not step or not is_finite(value):
+        return value
+    slot, taken = step % len(ring), owners.tolist()
+    owner = taken[slot]
+    if owner == step:
+        ring[slot].add_(value)
+    elif owner < step:
+        ring[slot].copy_(value)
+        owners[slot], taken[slot] = step, step
+    if step < _warm_from(ring, warmup):
+        return value
+    total = value if owner == step else ring.sum(0)
+    return total / (len(ring) - taken.count(0))
+
+
+def _add_on_device(
+    ring: Tensor, owners: Tensor, step: Tensor, value: Tensor, warmup: int
+) -> Tensor:
+    finite = value.isfinite().all()
+    slot = _slot_of(step, ring) & (owners <= step) & finite
+    again = slot & (owners == step)
+    before = torch.where(again.unsqueeze(1), ring, 0)
+    ring.copy_(torch.where(slot.unsqueeze(1), value + before, ring))
+    owners.copy_(torch.where(slot, step, owners))
+    total = torch.where(again.any(), value, ring.sum(0))
+    warm = (step >= _warm_from(ring, warmup)) & finite
+    return torch.where(warm, total / owners.count_nonzero(), value)
+
+
+def latest_steps(num_steps: Tensor, ring: Tensor) -> Tensor:
+    """Return the latest step of each slot, of shape (m,); below 1 for a slot without one."""
+    slots = torch.arange(len(ring), device=ring.device)
+    return num_steps - (num_steps - slots) % len(ring)
+
+
+def is_finite(value: Tensor) -> bool:
+    """Ask on the host whether all of a value is finite."""
+    return math.isfinite(value.sum(dtype=torch.float64))
+
+
+def _slot_of(step: Tensor, ring: Tensor) -> Tensor:
+    slots = torch.arange(len(ring), device=ring.device)
+    return (slots == step % len(ring)) & (step > 0)
+
+
+def _warm_from(ring: Tensor, warmup: int) -> int:
+    return max(len(ring) + 1, warmup)

@@ -1,0 +1,312 @@
+"""BatchNorm for small batches: moving averages of forward and backward statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bnstats.accumulators import per_batch
+from bnstats.accumulators.exponential import averaging
+from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.layers.about_zero import about_zero
+from bnstats.layers.base import RunningStatsBatchNorm, check_number
+from bnstats.layers.windows import Scale, Schedule, Windows, take_step
+from bnstats.moments import Number, Weights
+from bnstats.private import in_backward_pass
+from bnstats.reduction import mean_square
+
+_WINDOWS = (
+    "window_mean_squares",
+    "window_scales",
+    "window_gradients",
+    "window_gradient_steps",
+    "num_steps_tracked",
+)
+"""The buffers of Windows, in its order."""
+
+_NEAR_ZERO = 1e-3
+"""Mean, in standard deviations, that a layer without a mean need not mention."""
+
+
+class MovingAverageBatchNorm(RunningStatsBatchNorm):
+    r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, for batches of few values.
+
+    Four statistics of a batch take part in batch normalization: mean and variance in the
+    forward, two averages of the gradient in the backward. In a batch of two they are noise.
+    This layer (MABN) does without the means, and replaces the other two by moving averages.
+    The layers before it should be centered (:class:`CenteredConv2d`, :class:`CenteredLinear`),
+    which does the means' work. Per channel, in training forward t = 1, 2, ..., with m = window::
+
+        chi_t = mean(x^2)                                      into slot t mod m of a window
+        var   = mean of the window if t > m and t >= warmup, else chi_t
+        r     = sqrt((var + eps) / (running_var + eps)), within [1 / max_ratio, max_ratio],
+                if t > max(renorm_warmup, warmup), else 1
+        z     = x / sqrt(var + eps);  output = weight r z + bias
+        running_var <- (1 - momentum) running_var + momentum var
+
+    and in its backward, with g = weight r grad::
+
+        psi_t  = mean(g z)                                     into slot t mod m of another
+        Psi    = mean of that window under the same condition, else psi_t
+        grad_x = (g - z Psi) / sqrt(var + eps)
+
+    ``running_mean`` stays 0 and ``running_var`` is about zero: E[x^2]. This gradient is, on
+    purpose, not the derivative of the output: the averages over the window stand for those
+    over a large batch. In evaluation it is ``nn.BatchNorm``; one value per channel will do.
+
+    How to choose, counting in training forwards (of which gradient accumulation makes several
+    in an optimizer's step):
+
+    - ``window``: window times batch is the batch that the statistics are worth; 32 to 64 values
+      per channel from as many samples are enough. A longer window averages over weights that
+      have moved: no more than a few optimizer steps while the learning rate is high.
+    - ``warmup``: until then the layer is a noisy batch norm. Long enough to fill the window and
+      leave the first, fast steps behind, short against the training: at most a tenth of it.
+    - ``renorm_warmup``: from then on the output is as in evaluation, slowly following; give
+      running_var some ``2 / momentum`` forwards to settle. Beyond the end of a short training
+      it never begins, which does little harm.
+    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards. Small batches
+      need more of them: 0.02 for a batch of 2 to 4, 0.1 for 16 and more.
+
+    With batches of 16 and more, or many positions to a channel, as in early layers of a
+    convolutional net, batch norm's statistics are good and this layer has nothing to mend.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance before the square root.
+        momentum: weight of the new value in running_var, in [0, 1]; None averages all of them.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: True; the windows cannot do without.
+        device: of parameters and buffers.
+        dtype: of parameters and running statistics; windows are float32 or wider.
+        window: m, the number of forwards that are averaged over, at least 1.
+        warmup: forwards that are normalized by the batch's own statistics, at least 0.
+        renorm_warmup: forwards before the running variance takes part, at least 0.
+        max_ratio: the limit of r, at least 1.
+
+    Attributes:
+        window_mean_squares: chi of the last m forwards, of shape (m, C).
+        window_gradients: psi of the last m forwards, of shape (m, C).
+        window_gradient_steps: the t that each slot of ``window_gradients`` belongs to, (m,).
+        num_steps_tracked: t, since the windows were empty; int64.
+        window_scales: var and r of the last m forwards, of shape (m, 2, C), for activation
+            checkpointing; no part of the state dict.
+
+    Raises:
+        InvalidValueError: num_features or window below 1, eps not positive, momentum outside
+            [0, 1], a negative warmup, max_ratio below 1, track_running_stats=False, an input
+            of the wrong shape; in a backward, a forward to be run again that is more than m
+            forwards ago.
+        InvalidTypeError: an argument that is not a number.
+
+    Warns:
+        BnstatsWarning: a plain checkpoint is loaded whose means are not near zero. The layer
+            takes it over about zero, ``running_var + running_mean^2``, with the windows empty;
+            a net that was not trained centered evaluates differently.
+
+    Note:
+        Several forwards may come before their backwards, in any order: each backward uses the
+        var and r of its own forward, and its psi goes into that forward's slot. Several
+        backwards through one forward add up to the backward of the summed losses. Slots that
+        no backward has reached yet do not count in Psi. A batch that is not finite is
+        normalized by itself and changes nothing; a gradient that is not finite leaves the
+        backward window alone.
+
+        Under activation checkpointing a forward that runs again gets what it got the first
+        time, found among the last m forwards by its mean squares; it moves nothing.
+
+        A loss scale is in psi: when it changes, Psi is off for a window. bfloat16 needs none.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import MovingAverageBatchNorm1d
+        >>> layer = MovingAverageBatchNorm1d(1, window=2, warmup=0, momentum=0.5)
+        >>> [layer(torch.tensor([[x]])).item().__round__(3) for x in (1.0, 2.0, 3.0)]
+        [1.0, 1.0, 1.177]
+        >>> layer.running_var.item()
+        4.5
+
+    References:
+        Yan, Wan, Zhang, Zhang, Wei, Sun (2020), "Towards Stabilizing Batch Statistics in
+        Backward Propagation of Batch Normalization", ICLR, arXiv:2001.06838.
+    """
+
+    window_mean_squares: Tensor
+    window_scales: Tensor
+    window_gradients: Tensor
+    window_gradient_steps: Tensor
+    num_steps_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.02,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        window: int = 16,
+        warmup: int = 100,
+        renorm_warmup: int = 1000,
+        max_ratio: float = 5.0,
+    ) -> None:
+        name = type(self).__name__
+        _check_count(name, "window", window, 1)
+        _check_count(name, "warmup", warmup, 0)
+        _check_count(name, "renorm_warmup", renorm_warmup, 0)
+        _check_max_ratio(name, max_ratio)
+        if not track_running_stats:
+            raise InvalidValueError(
+                f"{name}: track_running_stats: expected True, got {track_running_stats}: the "
+                "windows are running statistics; nn.BatchNorm can do without"
+            )
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        self.window = window
+        self.warmup = warmup
+        self.renorm_warmup = renorm_warmup
+        self.max_ratio = max_ratio
+        assert self.running_var is not None
+        wide = torch.promote_types(self.running_var.dtype, torch.float32)
+        windows = Windows.empty(window, self.running_var.to(wide))
+        for name, buffer in zip(_WINDOWS, windows, strict=True):
+            # Scales serve from a forward to its backward: no checkpoint falls in between.
+            self.register_buffer(name, buffer, persistent=name != "window_scales")
+
+    @staticmethod
+    def statistics_about_zero() -> bool:
+        """Say that running_mean is 0 and running_var is about zero."""
+        return True
+
+    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
+        if self.momentum is not None:
+            return averaging(self.momentum, pooled=False)
+        assert self.num_batches_tracked is not None
+        return per_batch(read(self.num_batches_tracked) + 1)
+
+    def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
+        running_var = self.running_var
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        assert running_var is not None
+        if input.numel() == 0:
+            # No values, no statistics: what torch returns, and gradients of 0.
+            return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
+        wide = self.window_mean_squares.dtype
+        weight = None if weight is None else weight.to(wide)
+        bias = None if bias is None else bias.to(wide)
+        windows = self._windows()
+        with torch.no_grad():
+            chi = mean_square(input).to(wide)
+            scale = take_step(windows, running_var, chi, self._schedule())
+            if not in_backward_pass():
+                self._follow(running_var, scale, input.numel() // self.num_features)
+        return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
+
+    def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
+        """Take the core's step about zero, where no means take part, and count the batch."""
+        var, _, step = scale
+        if isinstance(step, Tensor):
+            weights = self._weights(batch_values, lambda counter: counter)
+            moved = weights.keep * running_var + weights.gain * var
+            running_var.copy_(torch.where(step > 0, moved, running_var))
+            self._count(batch_values, (step > 0).long())
+        elif step:
+            weights = self._weights(batch_values, int)
+            running_var.copy_(running_var.to(var.dtype).lerp(var, weights.gain))
+            self._count(batch_values, 1)
+
+    def _windows(self) -> Windows:
+        return Windows(*(getattr(self, name) for name in _WINDOWS))
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
+
+    def reset_running_stats(self) -> None:
+        """Forget all batches: mean 0, variance 1, empty windows, counters 0."""
+        super().reset_running_stats()
+        # nn.BatchNorm resets in its constructor, before these buffers are there.
+        if hasattr(self, "num_steps_tracked"):
+            for buffer in self._windows():
+                buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in _WINDOWS:
+            # Half is too coarse to average in, and a mean square soon overflows it.
+            if getattr(self, name).dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, getattr(self, name).float())
+        return module
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch passes a copy of the caller's mapping, and completes it in the same way.
+        if prefix + "num_steps_tracked" not in state_dict and prefix + "running_mean" in state_dict:
+            self._complete(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Make a plain checkpoint one about zero, with empty windows."""
+        for name in _WINDOWS:
+            if name not in self._non_persistent_buffers_set:
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
+            return  # torch says what is wrong
+        if (mean.square() > _NEAR_ZERO**2 * (var + self.eps)).any():
+            warnings.warn(
+                f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
+                "running_mean is not near zero, and this layer has no mean: it starts from "
+                "running_var + running_mean^2 and evaluates differently; train on, with "
+                "centered layers before it, or use another layer",
+                BnstatsWarning,
+                stacklevel=2,
+            )
+        state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
+        state_dict[prefix + "running_var"] = var + mean.square()
+
+    def extra_repr(self) -> str:
+        """Say the options that ``nn.BatchNorm`` has not."""
+        plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return (
+            f"{plain}, window={self.window}, warmup={self.warmup}, "
+            f"renorm_warmup={self.renorm_warmup}, max_ratio={self.max_ratio}"
+        )
+
+
+class MovingAverageBatchNorm1d(MovingAverageBatchNorm, nn.BatchNorm1d):
+    """:class:`MovingAverageBatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``."""
+
+    _input_dims = (2, 3)
+
+
+class MovingAverageBatchNorm2d(MovingAverageBatchNorm, nn.BatchNorm2d):
+    """:class:`MovingAverageBatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``."""
+
+    _input_dims = (4,)
+
+
+class MovingAverageBatchNorm3d(MovingAverageBatchNorm, nn.BatchNorm3d):
+    """:class:`MovingAverageBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
+
+    _input_dims = (5,)
+
+
+def _check_count(name: str, argument: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
+
+
+def _check_max_ratio(name: str, value: float) -> None:
+    check_number(name, "max_ratio", value)
+    if not value >= 1:
+        raise InvalidValueError(f"{name}: max_ratio: expected a number of 1 or more, got {value}")

@@ -1,0 +1,210 @@
+"""The windows of a moving-average layer: what one training forward does to them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bnstats.accumulators import window
+from bnstats.accumulators.window import Step
+from bnstats.errors import InvalidValueError
+from bnstats.private import in_backward_pass
+
+_SAME_BATCH = 0.01
+"""Relative distance up to which two mean squares can be one batch's, computed twice. On most
+devices they are equal to the bit; some kernels add up in an order that varies."""
+
+
+class Schedule(NamedTuple):
+    """The layer's options that its windows go by."""
+
+    eps: float
+    warmup: int
+    renorm_warmup: int
+    max_ratio: float
+
+    def renormalizes(self, step: Step) -> bool | Tensor:
+        """Whether the running variance takes part in a step."""
+        return step > max(self.renorm_warmup, self.warmup)
+
+
+class Windows(NamedTuple):
+    """The buffers, for a window of m steps and C channels.
+
+    Attributes:
+        mean_squares: of shape (m, C), the mean square of each step's input.
+        scales: of shape (m, 2, C), the variance and the ratio that each step normalized with;
+            the ratio has no meaning for a step that does not renormalize.
+        gradients: of shape (m, C), the mean of gradient times normalized value of each step.
+        gradient_steps: of shape (m,), the step that each slot of ``gradients`` belongs to.
+        num_steps: of shape (), the steps so far.
+    """
+
+    mean_squares: Tensor
+    scales: Tensor
+    gradients: Tensor
+    gradient_steps: Tensor
+    num_steps: Tensor
+
+    @classmethod
+    def empty(cls, length: int, like: Tensor) -> Windows:
+        """Return windows of no steps, for channels such as those of ``like``."""
+        zeros, number = like.new_zeros(length, len(like)), like.new_zeros((), dtype=torch.int64)
+        return cls(
+            mean_squares=zeros,
+            scales=like.new_zeros(length, 2, len(like)),
+            gradients=zeros.clone(),
+            gradient_steps=number.repeat(length),
+            num_steps=number,
+        )
+
+
+class Scale(NamedTuple):
+    """What a training forward normalizes with.
+
+    Attributes:
+        var: of shape (C,).
+        ratio: of shape (C,), or None for 1.
+        step: the forward's step, 0 if it does not count.
+    """
+
+    var: Tensor
+    ratio: Tensor | None
+    step: Step
+
+
+def take_step(
+    windows: Windows, running_var: Tensor, mean_square: Tensor, schedule: Schedule
+) -> Scale:
+    """Take a batch's mean square in, and return what the batch is normalized with.
+
+    A batch that is not finite is normalized by itself, as ``nn.BatchNorm`` does, and does not
+    count. A forward that runs inside a backward pass is one that activation checkpointing runs
+    again: it gets what it got the first time, and changes nothing.
+    """
+    if torch.compiler.is_compiling():
+        scale: Scale = Scale(*_take_step_op(*windows, running_var, mean_square, *schedule))
+        return scale
+    step: Step
+    if mean_square.is_cpu:
+        step = int(windows.num_steps) + 1 if window.is_finite(mean_square) else 0
+    else:
+        step = torch.where(mean_square.isfinite().all(), windows.num_steps + 1, 0)
+    if in_backward_pass():
+        return _recall(windows, mean_square, step, schedule)
+    return _advance(windows, running_var, mean_square, step, schedule)
+
+
+def _advance(
+    windows: Windows, running_var: Tensor, mean_square: Tensor, step: Step, schedule: Schedule
+) -> Scale:
+    window.write(windows.mean_squares, step, mean_square)
+    var = window.windowed(windows.mean_squares, step, mean_square, schedule.warmup)
+    ratio = _ratio(var, running_var, step, schedule)
+    window.write(windows.scales, step, torch.stack((var, var if ratio is None else ratio)))
+    if isinstance(step, Tensor):
+        windows.num_steps.add_(step > 0)
+    elif step:
+        windows.num_steps.fill_(step)
+    return Scale(var, ratio, step)
+
+
+def _ratio(var: Tensor, running_var: Tensor, step: Step, schedule: Schedule) -> Tensor | None:
+    """Return how far the step's deviation is from the running one, within limits."""
+    renormalizes = schedule.renormalizes(step)
+    if renormalizes is False:
+        return None
+    ratio = ((var + schedule.eps) / (running_var + schedule.eps)).sqrt_()
+    ratio = ratio.clamp_(1 / schedule.max_ratio, schedule.max_ratio)
+    return ratio if renormalizes is True else torch.where(renormalizes, ratio, 1)
+
+
+def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedule) -> Scale:
+    """Find the step that is run again, by its mean square; nothing else tells it apart.
+
+    Where batches are alike it is the latest whose backward has not run yet.
+    """
+    if isinstance(step, int) and not step:
+        return Scale(mean_square, None, step)
+    slots = len(windows.mean_squares)
+    steps = window.latest_steps(windows.num_steps, windows.mean_squares)
+    distance = torch.linalg.vector_norm(windows.mean_squares - mean_square, dim=1)
+    distance = torch.where(steps > 0, distance, torch.inf)
+    nearest = distance.min()
+    preference = steps + slots * (windows.gradient_steps != steps)
+    slot = torch.where(distance == nearest, preference, 0).argmax().unsqueeze(0)
+    found = nearest <= _SAME_BATCH * torch.linalg.vector_norm(mean_square)
+    var, ratio = windows.scales.index_select(0, slot).squeeze(0).unbind()
+    recalled = steps.index_select(0, slot).squeeze(0)
+    if isinstance(step, Tensor):
+        # The host does not know whether it was found: if not, NaN will tell.
+        var = torch.where(found, var, torch.nan)
+        counts = step > 0
+        var = torch.where(counts, var, mean_square)
+        return Scale(var, torch.where(counts, ratio, 1), torch.where(counts, recalled, 0))
+    if not found:
+        raise InvalidValueError(
+            "MovingAverageBatchNorm: a training forward inside a backward pass is taken for one "
+            "that activation checkpointing runs again, but none of the last "
+            f"{slots} had this input: expected at most window={slots} training forwards between "
+            "a forward and its backward; choose a larger window, or run backward sooner"
+        )
+    step = int(recalled)
+    return Scale(var, ratio if schedule.renormalizes(step) else None, step)
+
+
+def add_gradient(
+    gradients: Tensor, gradient_steps: Tensor, step: Step, gradient: Tensor, warmup: int
+) -> Tensor:
+    """Take a backward's mean of gradient times normalized value in; return the window's."""
+    if torch.compiler.is_compiling():
+        mean: Tensor = _add_gradient_op(gradients, gradient_steps, step, gradient, warmup)
+        return mean
+    return window.add(gradients, gradient_steps, step, gradient, warmup)
+
+
+# torch.compile takes these as they are. Traced, the backward would compute again from the
+# buffers what the forward had computed from them, and they have moved in between.
+
+
+@torch.library.custom_op("bnstats::take_step", mutates_args=("mean_squares", "scales", "num_steps"))
+def _take_step_op(
+    mean_squares: Tensor,
+    scales: Tensor,
+    gradients: Tensor,
+    gradient_steps: Tensor,
+    num_steps: Tensor,
+    running_var: Tensor,
+    mean_square: Tensor,
+    eps: float,
+    warmup: int,
+    renorm_warmup: int,
+    max_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    windows = Windows(mean_squares, scales, gradients, gradient_steps, num_steps)
+    schedule = Schedule(eps, warmup, renorm_warmup, max_ratio)
+    var, ratio, step = take_step(windows, running_var, mean_square, schedule)
+    ratio = torch.ones_like(var) if ratio is None else ratio
+    return var.clone(), ratio.clone(), torch.as_tensor(step, device=var.device)
+
+
+@_take_step_op.register_fake
+def _(mean_squares: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+    channels = mean_squares.new_empty(mean_squares.shape[1])
+    step = mean_squares.new_empty((), dtype=torch.int64)
+    return channels, torch.empty_like(channels), step
+
+
+@torch.library.custom_op("bnstats::add_gradient", mutates_args=("gradients", "gradient_steps"))
+def _add_gradient_op(
+    gradients: Tensor, gradient_steps: Tensor, step: Tensor, gradient: Tensor, warmup: int
+) -> Tensor:
+    known = int(step) if step.is_cpu else step
+    return window.add(gradients, gradient_steps, known, gradient, warmup).clone()
+
+
+@_add_gradient_op.register_fake
+def _(gradients: Tensor, *args: object) -> Tensor:  # noqa: ARG001
+    return gradients.new_empty(gradients.shape[1])
