@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.convert.families import (
+    CENTERED,
     FAMILIES,
     PLAIN,
     family_of,
@@ -43,22 +44,30 @@ class Change:
     def apply(self) -> None:
         """Change the layer."""
         module, donor = self.module, self.donor
-        family = family_of(module)
-        assert family is not None
-        if family != family_of(donor):
-            for name in _additions(family):
-                vars(module).pop(name, None)
-                module._buffers.pop(name, None)
+        if self._starts_anew():
+            for name in _additions(family_of(module)):
+                if name in vars(module) or name in module._buffers:
+                    delattr(module, name)
         for name, value in vars(donor).items():
             vars(module).setdefault(name, value)
         for name, buffer in donor._buffers.items():
             if getattr(module, name, None) is None:
-                module.register_buffer(name, buffer)
+                persistent = name not in donor._non_persistent_buffers_set
+                module.register_buffer(name, buffer, persistent)
         for name in self.options:
             setattr(module, name, getattr(donor, name))
         module.__class__ = with_parametrizations(self.cls, module)
         if isinstance(module, RunningStatsBatchNorm):
             module.adopt_statistics()
+
+    def _starts_anew(self) -> bool:
+        """Whether the layer's state beyond torch's is another family's, or of another size."""
+        family = family_of(self.donor)
+        if family_of(self.module) != family:
+            return True
+        own, new = self.module._buffers, self.donor._buffers
+        sizes = [(own.get(name), new.get(name)) for name in _additions(family)]
+        return any(a is not None and b is not None and a.shape != b.shape for a, b in sizes)
 
 
 def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Change:
@@ -90,11 +99,12 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
 
 def check_options(to: str, options: dict[str, Any]) -> None:
     """Refuse options that the family ``to`` does not have, or whose values it refuses."""
-    expected = sorted(own_options(to) | {"momentum"})
+    expected = [*sorted(own_options(to)), "momentum"]
     for name in options:
         if name not in expected:
             raise InvalidTypeError(
                 f"{name}: {to!r} has no such option; it has {', '.join(expected)}"
+                + (", center" if to == CENTERED else "")
             )
     FAMILIES[to][0](1, **options)
 
@@ -112,9 +122,9 @@ def _keyword_only(cls: type) -> set[str]:
 
 
 @cache
-def _additions(family: str) -> frozenset[str]:
+def _additions(family: str | None) -> frozenset[str]:
     """Name the attributes and buffers that a family's layers have beyond torch's."""
-    if family == PLAIN:  # SyncBatchNorm's process group stays, for the way back
+    if family is None or family == PLAIN:  # SyncBatchNorm's process group stays, for the way back
         return frozenset()
     layer, plain = FAMILIES[family][0](1), nn.BatchNorm1d(1)
     own = {*vars(layer), *layer._buffers} - {*vars(plain), *plain._buffers}

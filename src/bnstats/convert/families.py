@@ -7,6 +7,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bnstats.errors import InvalidTypeError
 from bnstats.layers import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    CenteredLinear,
     CumulativeBatchNorm,
     CumulativeBatchNorm1d,
     CumulativeBatchNorm2d,
@@ -15,20 +19,37 @@ from bnstats.layers import (
     EMABatchNorm1d,
     EMABatchNorm2d,
     EMABatchNorm3d,
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
 )
 
 PLAIN = "plain"
 
+CENTERED = "moving_average"
+"""The family that also has layers to stand before its batch norms."""
+
 FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
     # Classes of one column become each other. SyncBatchNorm takes any dimension, as a family's
     # base class does.
-    PLAIN: (nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    PLAIN: (
+        *(nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    ),
     "ema": (EMABatchNorm, EMABatchNorm1d, EMABatchNorm2d, EMABatchNorm3d),
     "cumulative": (
         CumulativeBatchNorm,
         CumulativeBatchNorm1d,
         CumulativeBatchNorm2d,
         CumulativeBatchNorm3d,
+    ),
+    CENTERED: (
+        MovingAverageBatchNorm,
+        MovingAverageBatchNorm1d,
+        MovingAverageBatchNorm2d,
+        MovingAverageBatchNorm3d,
+        *(CenteredConv1d, CenteredConv2d, CenteredConv3d, CenteredLinear),
     ),
 }
 
@@ -102,7 +123,7 @@ def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | 
         return None
     known = known_class(said) if isinstance(said, type) else None
     if known is None or _FAMILY_OF[known] != to:
-        names = ", ".join(known.__name__ for known in FAMILIES[to])
+        names = ", ".join(base.__name__ for base in FAMILIES[to])
         raise InvalidTypeError(
             f"{where}: __bnstats_class__({to!r}): expected None or a class that derives from "
             f"one of {names}, got {said!r}"

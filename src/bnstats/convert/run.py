@@ -9,9 +9,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.convert.change import check_options, plan
-from bnstats.convert.families import FAMILIES, PLAIN, family_of
+from bnstats.convert.centering import Recentering, plan_centering, plan_folding
+from bnstats.convert.change import Change, check_options, plan
+from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.layers.moving_average import far_from_zero
 from bnstats.traversal import Include, check_materialized, named_layers
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,27 +24,37 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
 
     Served are torch's ``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, which becomes the family's base
     class, and the layers of other families. They stay the same objects, with the same
-    Parameters and buffers, hooks, training flag, eps and momentum, and the model evaluates to
-    the same bits. Names and order of sub-modules, parameters and state-dict keys do not change.
-    An optimizer built before goes on; so do DistributedDataParallel and torch.compile, which
-    are seen through.
+    Parameters and buffers, hooks, training flag, eps and momentum. Names and order of
+    sub-modules, parameters and state-dict keys do not change, but for the buffers that a family
+    adds. An optimizer built before goes on; so do DistributedDataParallel and torch.compile,
+    which are seen through.
 
-    What the running statistics go on from: ``"ema"`` goes on averaging. Statistics that are not
-    the initial ones and that no batch was counted for are taken as an average that has
-    forgotten its start (see :class:`EMABatchNorm`). ``"cumulative"`` starts at
-    ``num_values_tracked = 0``: the statistics serve evaluation until the first training batch
-    replaces them.
+    What the running statistics go on from:
+
+    - ``"ema"``: they go on as an average. Statistics that are not the initial ones and that no
+      batch was counted for are taken as one that has forgotten its start (see
+      :class:`EMABatchNorm`). The model evaluates to the same bits.
+    - ``"cumulative"``: ``num_values_tracked`` is 0. The statistics serve evaluation, to the
+      same bits, until the first training batch replaces them.
+    - ``"moving_average"``: about zero, ``running_var + running_mean^2``, with empty windows.
+      Every convolution becomes its centered twin, and every ``nn.Linear`` whose output goes
+      straight into a converted layer: by the graph that torch.fx traces, or, where it cannot
+      trace the model, as neighbours in an ``nn.Sequential``. A trained model evaluates
+      differently then, and is to be trained further.
 
     A layer that is of the family already keeps its state and takes the options: converting
-    twice is converting once.
+    twice is converting once. Another ``window`` empties the windows.
 
     Args:
         model: any Module.
-        to: ``"ema"`` or ``"cumulative"``.
-        include: ``include(name, module) -> bool`` chooses layers; the others stay as they are.
-            A layer that stands in several places goes by the first one's name.
+        to: ``"ema"``, ``"cumulative"`` or ``"moving_average"``.
+        include: ``include(name, module) -> bool`` chooses layers, those to be centered too; the
+            others stay as they are. A layer in several places goes by the first one's name.
         **options: keyword-only arguments of the family's class (for ``"ema"`` ``debias`` and
-            ``pooled``), by default its defaults, and ``momentum``, by default each layer's own.
+            ``pooled``, for ``"moving_average"`` ``window`` and others), by default its
+            defaults; ``momentum``, by default each layer's own (small batches under
+            ``"moving_average"`` want 0.02); ``center=False`` for ``"moving_average"`` leaves
+            convolutions and linear layers as they are.
 
     Returns:
         The model.
@@ -50,13 +62,13 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     Raises:
         InvalidValueError: an unknown family, a value that the family's class refuses.
         InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
-            not yet materialized; a layer whose class overrides a method of its BatchNorm, which
-            the conversion would drop (timm's ``BatchNormAct2d`` activates in its forward).
-            The message has the layer's name; the model is as before.
+            not yet materialized; a layer whose class has methods of its own, which the
+            conversion would drop (timm's ``BatchNormAct2d`` activates in its forward). The
+            message has the layer's name; the model is as before.
 
     Warns:
         BnstatsWarning: there is nothing to convert; a SyncBatchNorm that does synchronize
-            becomes a layer that does not.
+            becomes a layer that does not; a layer with a mean becomes one without.
 
     Note:
         The author of a subclass can say what it becomes: a class method
@@ -85,17 +97,15 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
         ('EMABatchNorm1d', True, False)
     """
     _check_target(to)
+    center = _take_center(to, options)
     check_options(to, options)
     layers = _chosen_batchnorms(model, include)
-    if not layers:
-        warnings.warn(
-            f"{type(model).__name__} has no BatchNorm layer"
-            + ("" if include is None else " that include chooses"),
-            BnstatsWarning,
-            stacklevel=2,
-        )
-    changes = [plan(name, layer, to, options) for name, layer in layers.items()]
-    _warn_of_lost_synchronization(layers)
+    changes: list[Change | Recentering] = [
+        plan(name, layer, to, options) for name, layer in layers.items()
+    ]
+    if center and layers:
+        changes += plan_centering(model, include, layers.values())
+    _warn(model, layers, to, include)
     for change in changes:
         change.apply()
     return model
@@ -106,9 +116,12 @@ def revert_batchnorm(model: M) -> M:
 
     The way back from :func:`convert_batchnorm`, and the way out for layers that a model was
     built with: what knows only torch's own classes (export, TorchScript, quantization, fusion)
-    takes the model then. It evaluates to the same bits; all that conversion keeps is kept. A
-    family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, with the
-    process group that it came with. Layers that are not this package's stay as they are.
+    takes the model then. All that conversion keeps is kept, and the model evaluates to the same
+    bits. Centered layers become plain ones, their weights centered in place.
+
+    A family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, with
+    the process group that it came with. Layers that are not this package's stay as they are.
+    What conversion changed on request is not undone: a ``momentum``, statistics about zero.
 
     Args:
         model: any Module.
@@ -117,9 +130,10 @@ def revert_batchnorm(model: M) -> M:
         The model.
 
     Raises:
-        InvalidTypeError: not a Module; a layer whose class overrides a method of its family's
-            and does not say what it becomes. The message has the layer's name; the model is as
-            before.
+        InvalidTypeError: not a Module; a layer whose class has methods of its own and does not
+            say what it becomes. The message has the layer's name; the model is as before.
+        InvalidValueError: a centered layer whose weight is computed (a parametrization, weight
+            norm, pruning), or is also that of a layer that is not centered.
 
     Example:
         >>> import torch, bnstats
@@ -127,12 +141,12 @@ def revert_batchnorm(model: M) -> M:
         >>> bnstats.revert_batchnorm(model)[1]
         BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    changes = [
+    changes: list[Change | Recentering] = [
         plan(name, module, PLAIN, {})
         for name, module in named_layers(model)
         if isinstance(module, _BatchNorm) and family_of(module) not in (None, PLAIN)
     ]
-    for change in changes:
+    for change in [*changes, *plan_folding(model)]:
         change.apply()
     return model
 
@@ -145,6 +159,14 @@ def _check_target(to: str) -> None:
         raise InvalidValueError(
             f"to: expected one of {targets}, got {to!r}; revert_batchnorm is the way back"
         )
+
+
+def _take_center(to: str, options: dict[str, Any]) -> bool:
+    """Return whether to center layers too; it is no option of the batch norms."""
+    center = options.pop("center", True) if to == CENTERED else False
+    if not isinstance(center, bool):
+        raise InvalidTypeError(f"center: expected True or False, got {type(center).__name__}")
+    return center
 
 
 def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _BatchNorm]:
@@ -160,14 +182,47 @@ def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _
     return layers
 
 
-def _warn_of_lost_synchronization(layers: dict[str, _BatchNorm]) -> None:
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    lost = [name for name, layer in layers.items() if isinstance(layer, nn.SyncBatchNorm)]
-    if lost:
-        warnings.warn(
-            "these layers normalized by the batch of all processes, and now do by each "
-            f"process's own: {', '.join(map(repr, lost))}",
-            BnstatsWarning,
-            stacklevel=3,
+def _warn(
+    model: nn.Module, layers: dict[str, _BatchNorm], to: str, include: Include | None
+) -> None:
+    """Warn of what is seldom wanted, before anything changes."""
+    if not layers:
+        chosen = "" if include is None else " that include chooses"
+        _say(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")
+    unsynchronized = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.SyncBatchNorm) and _several_processes()
+    ]
+    if unsynchronized:
+        _say(
+            "these layers normalized by the batch of all processes, and will by each process's "
+            f"own: {_list(unsynchronized)}"
         )
+    with_mean = [
+        name
+        for name, layer in layers.items()
+        if to == CENTERED
+        and layer.running_mean is not None
+        and layer.running_var is not None
+        and far_from_zero(layer.running_mean, layer.running_var, layer.eps)
+    ]
+    if with_mean:
+        _say(
+            f"the model will evaluate differently: {to!r} has no mean, and these layers have one "
+            "that is not near zero; they go on from running_var + running_mean^2, to be trained "
+            f"further: {_list(with_mean)}"
+        )
+
+
+def _say(message: str) -> None:
+    # The level of who called convert_batchnorm, which called _warn, which called this.
+    warnings.warn(message, BnstatsWarning, stacklevel=4)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

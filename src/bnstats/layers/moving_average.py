@@ -260,7 +260,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong
-        if (mean.square() > _NEAR_ZERO**2 * (var + self.eps)).any():
+        if far_from_zero(mean, var, self.eps):
             warnings.warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "
@@ -271,6 +271,14 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
         state_dict[prefix + "running_var"] = var + mean.square()
+
+    def adopt_statistics(self) -> None:
+        """Take statistics about their mean over as statistics about zero."""
+        mean, var = self.running_mean, self.running_var
+        assert mean is not None and var is not None
+        wide = self.window_mean_squares.dtype
+        var.copy_(var.to(wide) + mean.to(wide).square())
+        mean.zero_()
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
@@ -297,6 +305,11 @@ class MovingAverageBatchNorm3d(MovingAverageBatchNorm, nn.BatchNorm3d):
     """:class:`MovingAverageBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
 
     _input_dims = (5,)
+
+
+def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Whether a layer without a mean evaluates differently from one with these statistics."""
+    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
 
 
 def _check_count(name: str, argument: str, value: int, least: int) -> None:
