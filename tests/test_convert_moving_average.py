@@ -186,7 +186,7 @@ def test_another_window_starts_empty_and_keeps_the_running_statistics():
 
 def test_layers_without_running_statistics_are_refused_by_path():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
-    with pytest.raises(InvalidValueError, match="'1'.*track_running_stats"):
+    with pytest.raises(InvalidValueError, match=r"'1'.*track_running_stats"):
         convert(model)
     assert types(model) == [nn.BatchNorm1d, nn.BatchNorm1d]
 
