@@ -126,7 +126,7 @@ def test_torchvisions_classifiers_convert_and_come_back(name):
 
 
 SOME = ["densenet121", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf"]
-SOME += ["resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "vgg11_bn"]
+SOME += ["resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5"]
 
 
 @pytest.mark.filterwarnings("ignore:the model will evaluate differently:bnstats.BnstatsWarning")
