@@ -1,17 +1,17 @@
-"""Speed of MovingAverageBatchNorm2d against nn.BatchNorm2d and the paper's formulas as written.
-
-Run with ``python -m benchmarks.bench_moving_average [--quick]``.
-"""
+"""MovingAverageBatchNorm2d against nn.BatchNorm2d and the paper's formulas as written."""
 
 from __future__ import annotations
 
-import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report import rows, write
+from benchmarks.timing import compare
 from bnstats import MovingAverageBatchNorm2d
-from benchmarks.timing import Timing, compare
 
 SHAPES = [(2, 64, 56, 56), (2, 256, 28, 28), (2, 2048, 7, 7), (32, 64, 32, 32)]
 OPTIONS = {"window": 16, "warmup": 20, "renorm_warmup": 30}
@@ -21,7 +21,9 @@ class _Formulas(torch.autograd.Function):
     """The forward and backward of the paper, one operator for every operation in them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, layer):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: DirectTranscription
+    ) -> Tensor:
         layer.t += 1
         slot = layer.t % layer.window
         chi = (x * x).mean((0, 2, 3), keepdim=True)
@@ -40,7 +42,7 @@ class _Formulas(torch.autograd.Function):
         return weight * y + bias
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, y, var, r, weight = ctx.saved_tensors
         layer = ctx.layer
         g = grad * weight * r
@@ -70,49 +72,33 @@ class DirectTranscription(nn.Module):
         return _Formulas.apply(input, self.weight, self.bias, self)
 
 
-def step(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
-    """Run one forward and backward."""
-    x.grad = None
-    layer(x).backward(grad)
+def step(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
+    """Return a forward and backward of a layer whose windows are warm."""
+    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+
+    def run() -> None:
+        x.grad = None
+        layer(x).backward(grad)
+
+    for _ in range(OPTIONS["renorm_warmup"] + 1):
+        run()
+    return run
 
 
-def measure(shape: tuple[int, ...], rounds: int) -> dict[str, Timing]:
-    """Time the three layers at a shape, all windows warm."""
-    x = torch.randn(shape).requires_grad_()
-    grad = torch.randn(shape)
-    layers = {
-        "nn.BatchNorm2d": nn.BatchNorm2d(shape[1]),
-        "MovingAverageBatchNorm2d": MovingAverageBatchNorm2d(shape[1], **OPTIONS),
-        "direct transcription": DirectTranscription(shape[1], **OPTIONS),
-    }
-    for layer in layers.values():
-        for _ in range(OPTIONS["renorm_warmup"] + 1):
-            step(layer, x, grad)
-    steps = {name: lambda layer=layer: step(layer, x, grad) for name, layer in layers.items()}
-    return compare(steps, rounds=rounds)
-
-
-def main(quick: bool = False) -> dict[tuple[int, ...], dict[str, Timing]]:
-    """Print a table of microseconds, and return the timings."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, forward and backward")
-    print(
-        "| shape | nn.BatchNorm2d, us | MovingAverageBatchNorm2d, us | direct, us | to nn | direct to it |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    results = {}
+def main(quick: bool = False) -> None:
+    """Measure the three layers at every shape."""
+    lines = []
     for shape in SHAPES:
-        results[shape] = timings = measure(shape, rounds=5 if quick else 60)
-        plain, ours, direct = timings.values()
-        cells = [
-            f"{t.median * 1e6:.0f} ({t.low * 1e6:.0f} to {t.high * 1e6:.0f})"
-            for t in timings.values()
-        ]
-        ratios = f"{ours.median / plain.median:.2f} | {direct.median / ours.median:.2f}"
-        print(f"| {shape} | {' | '.join(cells)} | {ratios} |")
-    return results
+        layers = {
+            "nn.BatchNorm2d": nn.BatchNorm2d(shape[1]),
+            "MovingAverageBatchNorm2d": MovingAverageBatchNorm2d(shape[1], **OPTIONS),
+            "direct transcription": DirectTranscription(shape[1], **OPTIONS),
+        }
+        functions = {name: step(layer, shape) for name, layer in layers.items()}
+        timings = compare(functions, rounds=5 if quick else 60, calls=10)
+        lines += rows(f"forward and backward, {shape}", timings, "nn.BatchNorm2d")
+    write("bench_moving_average", lines, quick=quick)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    main(parser.parse_args().quick)
+    main("--quick" in sys.argv)

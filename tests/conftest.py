@@ -1,14 +1,20 @@
 """Makes torchvision importable beside a CPU build of torch, and names what a test needs."""
 
+import importlib
 import sys
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run; a busy machine is no failure.
+settings.register_profile("bnstats", deadline=None, derandomize=True)
+settings.load_profile("bnstats")
 
 
 def _import_torchvision():
     try:
-        import torchvision  # noqa: F401  its import is what is tried
+        importlib.import_module("torchvision")
     except RuntimeError:
         # Its wheel is built against CUDA: its import asks for two operators of its own library,
         # which does not load beside a CPU torch. The models need neither.
@@ -17,7 +23,7 @@ def _import_torchvision():
         library = torch.library.Library("torchvision", "FRAGMENT")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
+        importlib.import_module("torchvision")
         return library
     return None
 

@@ -41,12 +41,18 @@ def fold(
     mean: Tensor, spread: Tensor, other_mean: Tensor, other_spread: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor]:
     """Take one step of the recursion that this module's docstring states."""
+    step, keep, gain, between = weights
     delta = other_mean - mean
-    spread = weights.keep * spread + weights.gain * other_spread
+    spread = _add_scaled(keep * spread, other_spread, gain)
     # A rule without the term between batches does not pay for it.
-    if isinstance(weights.between, Tensor) or weights.between != 0:
-        spread = spread + weights.between * delta.square()
-    return mean + weights.step * delta, spread
+    if isinstance(between, Tensor) or between != 0:
+        spread = _add_scaled(spread, delta.square(), between)
+    return _add_scaled(mean, delta, step), spread
+
+
+def _add_scaled(x: Tensor, y: Tensor, scale: Number) -> Tensor:
+    """Return x + scale y, in one operation where the host knows the scale."""
+    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LONGEST_ROW = 4096
+_LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
 _LARGEST_SQUARED_MEAN = 4.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
-error of some 3e-7, which the subtraction magnifies by this ratio plus one."""
+error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -47,14 +47,12 @@ def mean_square(x: Tensor) -> Tensor:
     In the wide dtype on CPU, elsewhere in float32 or x's own precision if that is higher.
     """
     count = x.numel() // x.shape[1]
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.device.type == "cpu" and x.dim() > 2:
-        return _sums_of_squares(_short_rows(x), precision).sum((0, 2)).div_(count)
-    if x.device.type == "cpu":
-        return x.to(torch.float64).square().sum(0).div_(count)
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=precision)
-    return norm.square_().div_(count)
+    if x.device.type != "cpu":
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=_accumulator(x))
+        return norm.square_().div_(count)
+    squares = _sums_of_squares(_short_rows(x)) if x.dim() > 2 else x.double().square().sum(0)
+    return squares.div_(count)
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,31 +70,32 @@ def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
 def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Add up rows and their squares in x's precision, the rows' results in float64."""
     count = x.numel() // x.shape[1]
-    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = _short_rows(x)
-    sums = rows.sum(-1, dtype=precision)
-    squares = _sums_of_squares(rows, precision)
-    others = [axis for axis in range(rows.dim() - 1) if axis != 1]
-    mean = sums.sum(others, dtype=torch.float64) / count
-    mean_square = squares.sum(others) / count
-    var = mean_square - mean.square()
+    total = rows.sum(-1, dtype=_accumulator(x)).sum((0, 2), dtype=torch.float64)
+    squares = _sums_of_squares(rows)
+    mean = total / count
+    squared_mean = total * mean
+    m2 = squares - squared_mean
 
     # NaN compares as not suspicious: it stays what it is.
-    suspicious = mean.square() > _LARGEST_SQUARED_MEAN * var
+    suspicious = squared_mean > _LARGEST_SQUARED_MEAN * m2
     if suspicious.any():
         channels = suspicious.nonzero().squeeze(1)
-        mean[channels], exact = _centered(x.index_select(1, channels).double())
-        var[channels] = exact / count
-    return mean, var * count
+        mean[channels], m2[channels] = _centered(x.index_select(1, channels).double())
+    return mean, m2
 
 
-def _sums_of_squares(rows: Tensor, precision: torch.dtype) -> Tensor:
-    """Add up the squares of the last axis in ``precision``; return float64."""
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sums_of_squares(rows: Tensor) -> Tensor:
+    """Add up the squares of rows, (N, C, rows, length), per channel; return float64."""
     if rows.stride(-1) == 1:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=precision)
-        return norms.double().square_()
-    # channels_last, whose norm over a strided axis is slow
-    return rows.to(precision).square().sum(-1).double()
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
+        return norms.double().square_().sum((0, 2))
+    # channels_last: a norm over a strided axis is slow
+    return rows.to(_accumulator(rows)).square().sum(-1).sum((0, 2), dtype=torch.float64)
 
 
 def _short_rows(x: Tensor) -> Tensor:

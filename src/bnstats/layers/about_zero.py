@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from bnstats.errors import InvalidValueError
 from bnstats.layers.windows import Scale, Windows, add_gradient
 
 _SMALLEST_FACTOR = 1e-20
@@ -68,8 +68,13 @@ class _AboutZero(torch.autograd.Function):
         return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise InvalidValueError(
+                "MovingAverageBatchNorm: create_graph: expected False, got True: its gradient "
+                "is no derivative of its output, and has none itself; use evaluation mode or "
+                "nn.BatchNorm for second derivatives"
+            )
         x, weight, var, ratio, *steps = ctx.saved_tensors
         step = steps[0] if steps else ctx.step
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -91,7 +96,7 @@ Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 def _anywhere(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: float) -> Fused:
     """Use the backward of evaluation-mode batch norm: the sums and ``g / sqrt(var + eps)``."""
-    zeros, unused = torch.zeros_like(var), x.new_empty(0)
+    zeros, unused = torch.zeros_like(var), var.new_empty(0)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, x, factor, zeros, var, unused, unused, False, eps, [True, True, True]
     )

@@ -91,32 +91,32 @@ class RunningStatsBatchNorm(_BatchNorm):
             bias = None if bias is None else bias.float()
         # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
         # pass over the input. Autograd keeps them, so they are not written to afterwards.
-        batch = torch.zeros(2, self.num_features, dtype=dtype, device=running_mean.device)
-        batch_mean, batch_var = batch.unbind()
+        batch_mean = torch.zeros_like(running_mean, dtype=dtype)
+        batch_var = torch.zeros_like(running_mean, dtype=dtype)
         output = F.batch_norm(input, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
         # A batch of no values has no statistics; a recomputed one has been counted.
         if input.numel() > 0 and not in_backward_pass():
-            with torch.no_grad():
-                self._track(batch, input.numel() // self.num_features)
+            self._track(batch_mean, batch_var, input.numel() // self.num_features)
         return output
 
-    def _track(self, batch: Tensor, batch_values: int) -> None:
-        """Fold a batch's (mean, unbiased variance) in, unless it is not finite."""
+    def _track(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
+        """Fold a batch's mean and unbiased variance in, unless they are not finite."""
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None and running_var is not None
-        mean, var = running_mean.to(batch.dtype), running_var.to(batch.dtype)
-        if batch.is_cpu and not torch.compiler.is_compiling():
+        mean, var = running_mean.to(batch_var.dtype), running_var.to(batch_var.dtype)
+        # Where the mean is not finite, neither is the variance about it.
+        if batch_var.is_cpu and not torch.compiler.is_compiling():
             # On CPU the host knows every number; numbers are cheaper than small tensors.
-            if not math.isfinite(torch.linalg.vector_norm(batch, math.inf)):
+            if not math.isfinite(batch_var.max()):
                 return
             weights = self._weights(batch_values, int)
-            mean, var = fold(mean, var, batch[0], batch[1], weights)
+            mean, var = fold(mean, var, batch_mean, batch_var, weights)
             counted: Tensor | int = 1
         else:
             # The host must not wait for the device: the choice is made there.
-            finite = batch.isfinite().all()
+            finite = batch_var.max().isfinite()
             weights = self._weights(batch_values, lambda counter: counter)
-            new_mean, new_var = fold(mean, var, batch[0], batch[1], weights)
+            new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
             counted = finite.long()
         running_mean.copy_(mean)

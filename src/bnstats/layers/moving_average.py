@@ -15,7 +15,7 @@ from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
 from bnstats.layers.about_zero import about_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_number
-from bnstats.layers.windows import Scale, Schedule, Windows, take_step
+from bnstats.layers.windows import Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_square
@@ -206,21 +206,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             chi = mean_square(input).to(wide)
             scale = take_step(windows, running_var, chi, self._schedule())
             if not in_backward_pass():
-                self._follow(running_var, scale, input.numel() // self.num_features)
+                # The mean moves towards itself: the window has none to move it to.
+                self._track(running_mean.to(wide), scale.var, input.numel() // self.num_features)
         return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
-
-    def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
-        """Take the core's step about zero, where no means take part, and count the batch."""
-        var, _, step = scale
-        if isinstance(step, Tensor):
-            weights = self._weights(batch_values, lambda counter: counter)
-            moved = weights.keep * running_var + weights.gain * var
-            running_var.copy_(torch.where(step > 0, moved, running_var))
-            self._count(batch_values, (step > 0).long())
-        elif step:
-            weights = self._weights(batch_values, int)
-            running_var.copy_(running_var.to(var.dtype).lerp(var, weights.gain))
-            self._count(batch_values, 1)
 
     def _windows(self) -> Windows:
         return Windows(*(getattr(self, name) for name in _WINDOWS))

@@ -88,13 +88,18 @@ def take_step(
         scale: Scale = Scale(*_take_step_op(*windows, running_var, mean_square, *schedule))
         return scale
     step: Step
-    if mean_square.is_cpu:
+    if _on_host(mean_square):
         step = int(windows.num_steps) + 1 if window.is_finite(mean_square) else 0
     else:
         step = torch.where(mean_square.isfinite().all(), windows.num_steps + 1, 0)
     if in_backward_pass():
         return _recall(windows, mean_square, step, schedule)
     return _advance(windows, running_var, mean_square, step, schedule)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    """Whether the host knows the numbers without waiting."""
+    return tensor.is_cpu
 
 
 def _advance(
@@ -201,7 +206,7 @@ def _(mean_squares: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:  # 
 def _add_gradient_op(
     gradients: Tensor, gradient_steps: Tensor, step: Tensor, gradient: Tensor, warmup: int
 ) -> Tensor:
-    known = int(step) if step.is_cpu else step
+    known = int(step) if _on_host(step) else step
     return window.add(gradients, gradient_steps, known, gradient, warmup).clone()
 
 

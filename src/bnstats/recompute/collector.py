@@ -62,8 +62,8 @@ class Collector:
 
     def visit(self, layer: StagedLayer, moments: Moments) -> None:
         """Take the moments of one call; the layer normalizes with this call's own."""
-        layer.normalize_with(moments.mean, moments.var(0))
         index, count = layer.index, int(moments.count)
+        layer.normalize_with(moments.mean, moments.m2 / max(count, 1))
         if self._counts[index]:
             before = torch.tensor(self._counts[index])
             moments = Moments(before, self._mean[index], self._m2[index]) + moments

@@ -113,7 +113,7 @@ class Recalibration:
             f"{name:<{width}}  {stats.num_features:>8}  {stats.count:>12,}  "
             f"{_rms(moved.mean_shift):>7.3f}  {moved.mean_shift.abs().max():>7.3f}  "
             f"{moved.var_ratio.min():>7.3f} {moved.var_ratio.max():>7.3f}  "
-            f"{_mean(moved.kl):>9.4f}  {_rms(stderr):>10.4f}"
+            f"{_mean(moved.kl):>9.2g}  {_rms(stderr):>10.4f}"
         )
 
 

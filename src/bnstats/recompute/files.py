@@ -60,7 +60,11 @@ def load(
     path: str | os.PathLike[str], keys: list[str]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor | int]]]:
     """Return the header and each layer's values."""
-    with malformed(path), np.load(path, allow_pickle=False) as archive:
+    with (
+        malformed(path),
+        Path(path).open("rb") as file,  # np.load would leave a damaged one open
+        np.load(file, allow_pickle=False) as archive,
+    ):
         header = json.loads(str(archive["header"]))
         if header["format"] != _FORMAT or header["version"] != _VERSION:
             raise ValueError(f"format {header['format']!r}, version {header['version']!r}")

@@ -1,0 +1,87 @@
+"""The demo's data, network and training: scikit-learn's 1,797 handwritten digits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images of shape (N, 1, 8, 8), scaled to [-1, 1], and their labels: 1,200 to train on."""
+
+    train: TensorDataset
+    test: TensorDataset
+
+    @classmethod
+    def load(cls, seed: int) -> Digits:
+        """Split the digits at random, the same way for the same seed."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError(
+                "the digits come with scikit-learn: pip install 'bnstats[demo]'"
+            ) from error
+        pixels, labels = load_digits(return_X_y=True)
+        images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1
+        targets = torch.from_numpy(labels).long()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        train, test = (TensorDataset(images[part], targets[part]) for part in order.split(1200))
+        return cls(train, test)
+
+
+def convolutional_net() -> nn.Sequential:
+    """Return three convolutions with batch norm, and a linear layer."""
+    net = nn.Sequential()
+    for index, (inputs, outputs) in enumerate([(1, 16), (16, 32), (32, 64)], start=1):
+        net.add_module(f"conv{index}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        net.add_module(f"bn{index}", nn.BatchNorm2d(outputs))
+        net.add_module(f"relu{index}", nn.ReLU())
+        net.add_module(f"pool{index}", nn.MaxPool2d(2))
+    net.add_module("flatten", nn.Flatten())
+    net.add_module("classifier", nn.Linear(64, 10))
+    return net
+
+
+def train(
+    model: nn.Module,
+    data: TensorDataset,
+    *,
+    batch_size: int,
+    epochs: int,
+    lr: float,
+    seed: int,
+    after_epoch: Callable[[int], None],
+) -> None:
+    """Train by SGD with momentum 0.9, the learning rate falling along a cosine to 0."""
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    schedule = CosineAnnealingLR(optimizer, epochs * len(loader))
+    with tqdm(total=epochs * len(loader), desc=f"training, batch {batch_size}") as bar:
+        for epoch in range(1, epochs + 1):
+            model.train()
+            for images, labels in loader:
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            after_epoch(epoch)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: TensorDataset) -> tuple[float, float]:
+    """Return the mean cross entropy and the error rate in evaluation mode."""
+    images, labels = data.tensors
+    logits: Tensor = model.eval()(images)
+    loss = F.cross_entropy(logits, labels).item()
+    return loss, (logits.argmax(1) != labels).float().mean().item()

@@ -1,0 +1,90 @@
+"""The house's own rules: imports go down, the surface is literal, private names keep apart."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import bnstats
+
+ROOT = Path(bnstats.__file__).parent
+MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+# A module may import from its own floor's package and from every floor below it.
+FLOORS = [
+    {"errors", "private"},
+    {"reduction"},
+    {"moments"},
+    {"accumulators", "traversal", "distributed"},
+    {"layers"},
+    {"convert", "recompute", "diagnose"},
+    {""},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def part(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def floor(name):
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def module_name(path):
+    parts = ["bnstats", *path.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnstats"):
+            for alias in node.names:
+                inside = node.module == "bnstats" and (ROOT / alias.name).with_suffix("").exists()
+                yield f"bnstats.{alias.name}" if inside else node.module
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] == "bnstats")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_go_strictly_down(path):
+    mine = part(module_name(path))
+    for imported in imports(path):
+        theirs = part(imported)
+        assert theirs == mine or floor(theirs) < floor(mine), f"{path} imports {imported}"
+        assert (mine, theirs) != ("recompute", "layers"), "recompute serves any BatchNorm"
+
+
+def test_every_module_has_a_floor():
+    for path in MODULES:
+        floor(part(module_name(path)))
+
+
+def test_the_surface_is_literal_sorted_and_there():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    names = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
+    assert names == sorted(set(names)) == bnstats.__all__
+    for name in names:
+        assert getattr(bnstats, name).__doc__, name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_private_names_of_torch_are_used_in_one_place(path):
+    if path.name != "private.py":
+        assert "torch._" not in (ROOT / path).read_text().replace('"torch._dynamo" not in', "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_files_stay_short(path):
+    assert len((ROOT / path).read_text().splitlines()) <= 300
+
+
+def test_each_error_is_a_builtin_error_too():
+    builtin = (ValueError, TypeError, ArithmeticError)
+    for error in bnstats.BnstatsError.__subclasses__():
+        assert issubclass(error, builtin), error

@@ -1,0 +1,419 @@
+"""What every layer promises, on every family: one row in cases.FAMILIES, and it is held to it."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
+
+import cases
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.private import in_backward_pass
+
+each_family = pytest.mark.parametrize("family", cases.FAMILIES, ids=lambda f: f.name)
+each_shape = pytest.mark.parametrize("shape", cases.SHAPES.values(), ids=cases.SHAPES.keys())
+normalizing_as_torch = pytest.mark.parametrize(
+    "family", [f for f in cases.FAMILIES if f.batch_statistics], ids=lambda f: f.name
+)
+
+
+def state(layer):
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def assert_state(layer, expected):
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
+def forward_backward(layer, x, grad):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    output = layer(x)
+    output.backward(grad)
+    grads = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    return [output.detach(), x.grad, *grads]
+
+
+@normalizing_as_torch
+@each_shape
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_output_and_gradients_are_those_of_torch(family, shape, channels_last):
+    dims, size = shape
+    layer, plain = family.make(dims), cases.PLAIN[dims](3)
+    with torch.no_grad():
+        for p, q in zip(layer.parameters(), plain.parameters(), strict=True):
+            p.copy_(q.copy_(torch.randn(3)))
+    for x in cases.batches(size):
+        if channels_last and dims > 1:
+            formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+            x = x.contiguous(memory_format=formats[dims])
+        grad = torch.randn_like(x)
+        mine, torchs = forward_backward(layer, x, grad), forward_backward(plain, x, grad)
+        for a, b in zip(mine, torchs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            assert a.stride() == b.stride()
+
+
+@each_family
+@each_shape
+def test_evaluation_is_exactly_torchs_batch_norm(family, shape):
+    dims, size = shape
+    layer = family.make(dims)
+    for x in cases.batches(size):
+        layer(x)
+    layer.eval()
+    before = state(layer)
+    expected = F.batch_norm(
+        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0, layer.eps
+    )
+    assert torch.equal(layer(x), expected)
+    assert_state(layer, before)
+
+
+@each_family
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_each_class_is_an_instance_of_torchs(family, dims):
+    layer = family.make(dims)
+    assert isinstance(layer, cases.PLAIN[dims])
+    assert isinstance(layer, family.base)
+    plain_keys = [*cases.PLAIN[dims](3).state_dict()]
+    assert [key for key in layer.state_dict() if key in plain_keys] == plain_keys
+
+
+@each_family
+@each_shape
+def test_the_base_class_takes_any_number_of_dimensions(family, shape):
+    dims, size = shape
+    base, layer = family.base(3, **family.options), family.make(dims)
+    for x in cases.batches(size):
+        assert torch.equal(base(x), layer(x))
+    assert_state(base, state(layer))
+
+
+@each_family
+def test_a_plain_checkpoint_loads_strictly(family):
+    plain = nn.Sequential(nn.BatchNorm2d(3, affine=True))
+    plain(torch.randn(8, 3, 4, 4))
+    model = nn.Sequential(family.make(2))
+    with torch.no_grad():
+        plain[0].running_mean.zero_()  # what every family can evaluate with
+    model.load_state_dict(plain.state_dict(), strict=True)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+@each_family
+def test_a_checkpoint_without_the_layer_is_still_refused(family):
+    with pytest.raises(RuntimeError, match=r"Missing key.*running_mean"):
+        nn.Sequential(family.make(2)).load_state_dict({}, strict=True)
+
+
+@each_family
+def test_resuming_in_mid_training_goes_on_identically(family):
+    data = cases.batches((4, 3, 5, 5), 8)
+    straight, first = family.make(2), family.make(2)
+    for x in data:
+        straight(x)
+    for x in data[:4]:
+        first(x)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = family.make(2)
+    resumed.load_state_dict(torch.load(file))
+    for x in data[4:]:
+        resumed(x)
+    assert_state(resumed, state(straight))
+
+
+@each_family
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_is_equal_and_independent(family, clone):
+    layer = family.make(2)
+    data = cases.batches((4, 3, 5, 5), 4)
+    for x in data[:2]:
+        layer(x)
+    twin = clone(layer)
+    before = state(layer)
+    for x in data[2:]:
+        twin(x)
+    assert_state(layer, before)
+    for x in data[2:]:
+        layer(x)
+    assert_state(twin, state(layer))
+    assert repr(twin) == repr(layer)
+
+
+@each_family
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("compiled", [False, True], ids=["host", "device"])
+def test_a_batch_that_is_not_finite_changes_nothing(family, value, compiled):
+    # nn.BatchNorm stays NaN for ever: https://github.com/pytorch/pytorch/issues/88474
+    layer = family.make(2)
+    good, bad = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
+    bad[0, 1, 0, 0] = value
+    run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+    run(good)
+    before = state(layer)
+    run(bad)
+    assert_state(layer, before)
+
+
+@each_family
+def test_a_batch_of_no_values_changes_nothing_and_backpropagates_as_torchs(family):
+    layer, x = family.make(2), torch.empty(0, 3, 4, 4, requires_grad=True)
+    layer(torch.randn(4, 3, 4, 4))
+    before = state(layer)
+    output = layer(x)
+    output.sum().backward()
+    assert output.shape == x.shape == x.grad.shape
+    assert_state(layer, before)
+
+
+@each_family
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_moves_the_statistics_once_per_step(family, use_reentrant):
+    # https://github.com/pytorch/pytorch/issues/96136: nn.BatchNorm's move twice.
+    def model():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Conv2d(3, 3, 3), family.make(2), nn.ReLU(), nn.Conv2d(3, 2, 3))
+
+    plain, checkpointed = model(), model()
+    for x in cases.batches((4, 3, 7, 7), 3):
+        x.requires_grad_()
+        plain(x).square().sum().backward()
+        checkpoint(checkpointed, x, use_reentrant=use_reentrant).square().sum().backward()
+        for a, b in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    assert_state(checkpointed, state(plain))
+
+
+def test_torch_still_tells_a_recomputation_from_a_forward():
+    seen = []
+
+    def function(x):
+        seen.append(in_backward_pass())
+        return x.sin()
+
+    for use_reentrant in (False, True):
+        x = torch.randn(3, requires_grad=True)
+        checkpoint(function, x, use_reentrant=use_reentrant).sum().backward()
+    assert seen == [False, True, False, True]
+
+
+@each_family
+def test_autocast_keeps_statistics_in_float32(family):
+    layer, twin = family.make(2), family.make(2)
+    for x in cases.batches((4, 3, 6, 6), dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = layer(x)
+        assert output.dtype == torch.bfloat16
+        twin(x.float())
+    assert layer.running_var.dtype == torch.float32
+    # The values are the same; only the kernels' order of summation may differ.
+    torch.testing.assert_close(layer.running_var, twin.running_var, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.running_mean, twin.running_mean, rtol=1e-5, atol=1e-5)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_half_precision_layer_trains(family, dtype, affine):
+    layer = family.make(2, affine=affine).to(dtype)
+    twin = family.make(2, affine=affine)
+    for x in cases.batches((4, 3, 6, 6), dtype=dtype):
+        x.requires_grad_()
+        output = layer(x)
+        output.sum().backward()
+        twin(x.detach().float())
+    assert output.dtype == x.grad.dtype == layer.running_mean.dtype == dtype
+    # Each of the five updates rounds the buffer once, to half a unit in its last place.
+    tolerance = 5 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        layer.running_var.float(), twin.running_var, rtol=tolerance, atol=tolerance
+    )
+
+
+@each_family
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_makes_one_graph_with_the_same_results(family, backend):
+    torch.compiler.reset()  # it counts what other tests have compiled
+    plain, compiled = family.make(2), family.make(2)
+    run = torch.compile(compiled, backend=backend, fullgraph=True)
+    for x in cases.batches((4, 3, 5, 5), 3):
+        grad = torch.randn_like(x)
+        for layer, call in ((plain, plain), (compiled, run)):
+            layer.zero_grad()
+            layer.output = call(x)
+            layer.output.backward(grad)
+        torch.testing.assert_close(compiled.output, plain.output, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-5)
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+@each_family
+def test_without_affine_there_are_no_parameters(family):
+    layer = family.make(1, affine=False)
+    assert not [*layer.parameters()]
+    assert layer(torch.randn(8, 3)).shape == (8, 3)
+
+
+@each_family
+def test_buffers_stay_the_same_tensors(family):
+    layer = family.make(1)
+    before = dict(layer.named_buffers())
+    for x in cases.batches((8, 3)):
+        layer(x)
+    layer.reset_running_stats()
+    for name, buffer in layer.named_buffers():
+        assert buffer is before[name]
+
+
+@each_family
+def test_reset_forgets_everything(family):
+    layer = family.make(1)
+    fresh = state(layer)
+    for x in cases.batches((8, 3)):
+        layer(x)
+    layer.reset_running_stats()
+    assert_state(layer, fresh)
+
+
+@each_family
+def test_double_precision_layers_keep_double_statistics(family):
+    layer = family.make(2, dtype=torch.float64)
+    assert layer(torch.randn(4, 3, 5, 5, dtype=torch.float64)).dtype == torch.float64
+    assert layer.running_var.dtype == torch.float64
+
+
+@each_family
+def test_state_is_linear_in_the_channels(family):
+    def numbers(channels):
+        return sum(b.numel() for b in family.make(2, num_features=channels).buffers())
+
+    assert numbers(128) - numbers(64) == 2 * (numbers(64) - numbers(32))
+
+
+@each_family
+def test_frozen_statistics_do_not_move(family):
+    # Fine-tuning with .eval() on the layer, the usual way to freeze it.
+    model = nn.Sequential(nn.Linear(3, 3), family.make(1))
+    model.train()
+    model[1].eval()
+    before = state(model[1])
+    model(torch.randn(8, 3)).sum().backward()
+    assert_state(model[1], before)
+    assert model[1].weight.grad is not None
+
+
+@normalizing_as_torch
+def test_torchs_own_recalibration_works(family):
+    model = nn.Sequential(nn.Linear(3, 3), family.make(1))
+    data = [x @ torch.randn(3, 3) for x in cases.batches((8, 3))]
+    update_bn(data, model)
+    with torch.no_grad():
+        means = torch.stack([model[0](x).mean(0) for x in data])
+    torch.testing.assert_close(model[1].running_mean, means.mean(0))
+    assert model[1].momentum == family.make(1).momentum
+
+
+@normalizing_as_torch
+def test_fvcores_recalibration_works(family):
+    precise_bn = pytest.importorskip("fvcore.nn.precise_bn")
+    model = nn.Sequential(nn.Linear(3, 3), family.make(1)).train()
+    data = cases.batches((8, 3))
+    precise_bn.update_bn_stats(model, data, num_iters=len(data))
+    with torch.no_grad():
+        together = torch.cat([model[0](x) for x in data])
+    torch.testing.assert_close(model[1].running_mean, together.mean(0))
+    torch.testing.assert_close(model[1].running_var, together.var(0, correction=0))
+    assert model[1].momentum == family.make(1).momentum
+
+
+@normalizing_as_torch
+def test_a_momentum_of_one_means_this_batch_alone(family):
+    layer = family.make(1, momentum=1.0)
+    for x in cases.batches((8, 3)):
+        layer(x)
+    torch.testing.assert_close(layer.running_mean, x.mean(0))
+    torch.testing.assert_close(layer.running_var, x.var(0))
+
+
+@normalizing_as_torch
+def test_without_tracking_it_is_torchs_layer(family):
+    layer, plain = (
+        family.make(1, track_running_stats=False),
+        nn.BatchNorm1d(3, track_running_stats=False),
+    )
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(8, 3)
+    assert torch.equal(layer(x), plain(x))
+    assert torch.equal(layer.eval()(x), plain.eval()(x))
+
+
+@each_family
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"num_features": 0}, InvalidValueError, "num_features: expected 1 or more, got 0"),
+        ({"num_features": 2.5}, InvalidTypeError, "num_features: expected an int, got float"),
+        ({"num_features": "3"}, InvalidTypeError, "num_features: expected an int, got str"),
+        ({"momentum": 1.5}, InvalidValueError, r"momentum: expected a number in \[0, 1\].*1.5"),
+        ({"momentum": -0.1}, InvalidValueError, "momentum"),
+        ({"momentum": float("nan")}, InvalidValueError, "momentum"),
+        ({"momentum": "0.1"}, InvalidTypeError, "momentum: expected a number, got str"),
+        ({"eps": 0}, InvalidValueError, "eps: expected a positive number, got 0"),
+        ({"eps": -1e-5}, InvalidValueError, "eps"),
+        ({"eps": None}, InvalidTypeError, "eps: expected a number, got NoneType"),
+    ],
+)
+def test_wrong_arguments_are_named(family, arguments, error, says):
+    with pytest.raises(error, match=f"{family.base.__name__}.*{says}"):
+        family.base(**{"num_features": 3, **arguments})
+
+
+@each_family
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("dims", "size"),
+    [(1, (4, 3, 5, 5)), (2, (4, 3)), (2, (4, 2, 5, 5)), (3, (4, 3, 5, 5)), (1, (3,))],
+)
+def test_an_input_of_the_wrong_shape_is_named_and_changes_nothing(family, training, dims, size):
+    layer = family.make(dims).train(training)
+    before = state(layer)
+    with pytest.raises(
+        InvalidValueError, match=rf"expected a .*{dims + 2}d.*got shape \({size[0]}"
+    ):
+        layer(torch.randn(size))
+    assert_state(layer, before)
+
+
+@each_family
+def test_a_cuda_training_step_does_not_wait_for_the_device(family, cuda):
+    layer = family.make(2, num_features=8).to(cuda)
+    x = torch.randn(4, 8, 6, 6, device=cuda, requires_grad=True)
+    layer(x).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            layer(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_family
+def test_cuda_and_cpu_agree(family, cuda):
+    here, there = family.make(2), family.make(2).to(cuda)
+    for x in cases.batches((4, 3, 6, 6)):
+        torch.testing.assert_close(there(x.to(cuda)).cpu(), here(x), rtol=1e-4, atol=1e-4)
+    for key, value in here.state_dict().items():
+        torch.testing.assert_close(there.state_dict()[key].cpu(), value, rtol=1e-5, atol=1e-5)

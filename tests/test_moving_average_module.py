@@ -1,0 +1,393 @@
+"""MovingAverageBatchNorm as a module: state, loading, recalibration, compilers, devices."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import bnstats
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.layers import about_zero, windows
+from cases import PLAIN
+from moving_average import make, same, state, train
+
+PLAIN_KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+WINDOW_KEYS = [
+    "window_mean_squares",
+    "window_gradients",
+    "window_gradient_steps",
+    "num_steps_tracked",
+]
+
+
+class TestModule:
+    @pytest.mark.parametrize("dims", [1, 2, 3])
+    def test_is_torchs_class_with_its_keys_and_a_few_more(self, dims):
+        layer = make(dims)
+        assert isinstance(layer, bnstats.MovingAverageBatchNorm)
+        assert isinstance(layer, PLAIN[dims])
+        assert list(layer.state_dict()) == PLAIN_KEYS + WINDOW_KEYS
+
+    def test_signature_is_the_published_one(self):
+        layer = bnstats.MovingAverageBatchNorm2d(3, 1e-3, 0.1, True, True, "cpu", torch.float64)
+        assert (layer.window, layer.warmup, layer.renorm_warmup) == (16, 100, 1000)
+        assert layer.max_ratio == 5.0
+        assert bnstats.MovingAverageBatchNorm1d(3).momentum == 0.02
+        assert "window=16, warmup=100, renorm_warmup=1000, max_ratio=5.0" in repr(layer)
+
+    def test_takes_device_and_dtype(self):
+        layer = make(device="meta", dtype=torch.float64)
+        assert all(v.is_meta for v in layer.state_dict().values())
+        assert layer.window_gradients.dtype == torch.float64
+
+    @pytest.mark.parametrize(
+        ("option", "error", "words"),
+        [
+            ({"window": 0}, InvalidValueError, "window: expected 1 or more, got 0"),
+            ({"window": 2.0}, InvalidTypeError, "window: expected an int, got float"),
+            ({"warmup": -1}, InvalidValueError, "warmup: expected 0 or more, got -1"),
+            ({"renorm_warmup": -5}, InvalidValueError, "renorm_warmup: expected 0 or more, got -5"),
+            ({"max_ratio": 0.5}, InvalidValueError, "max_ratio: expected .* 1 or more, got 0.5"),
+            ({"max_ratio": float("nan")}, InvalidValueError, "max_ratio"),
+            ({"max_ratio": "5"}, InvalidTypeError, "max_ratio: expected a number, got str"),
+            ({"track_running_stats": False}, InvalidValueError, "track_running_stats.*windows"),
+            ({"momentum": 2}, InvalidValueError, "momentum"),
+            ({"eps": 0}, InvalidValueError, "eps"),
+        ],
+    )
+    def test_refuses_bad_options(self, option, error, words):
+        with pytest.raises(error, match=words):
+            make(**option)
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 5, 5), (2, 3, 5, 5, 5)])
+    def test_refuses_inputs_of_the_wrong_shape_and_stays_as_it_is(self, shape):
+        layer = make()
+        before = state(layer)
+        with pytest.raises(InvalidValueError, match="expected a 4d input with 3 channels"):
+            layer(torch.randn(shape))
+        same(before, state(layer))
+
+    def test_reset_empties_the_windows(self):
+        layer = train(make(), 30)
+        layer.reset_running_stats()
+        same(state(layer), state(make()))
+
+    @pytest.mark.parametrize("way", ["state_dict", "pickle", "deepcopy", "save"])
+    @pytest.mark.parametrize("steps", [2, 15, 40])
+    def test_goes_on_to_the_bit_after_a_round_trip_within_the_window(self, way, steps):
+        layer = train(make(), steps)
+        if way == "state_dict":
+            other = make()
+            other.load_state_dict(copy.deepcopy(layer.state_dict()), strict=True)
+        elif way == "save":
+            file = io.BytesIO()
+            torch.save(layer.state_dict(), file)
+            file.seek(0)
+            other = make()
+            other.load_state_dict(torch.load(file), assign=True)
+        else:
+            other = pickle.loads(pickle.dumps(layer)) if way == "pickle" else copy.deepcopy(layer)
+        for _ in range(20):
+            x = torch.randn(2, 3, 4, 5)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            for model, inputs in ((layer, a), (other, b)):
+                model.zero_grad()
+                model(inputs).square().sum().backward()
+            assert torch.equal(a.grad, b.grad)
+            assert torch.equal(layer.weight.grad, other.weight.grad)
+        same(state(layer), state(other))
+
+    def test_keeps_x_and_little_else_for_the_backward(self):
+        layer = train(make(channels=64), 30, shape=(2, 64, 4, 4))
+        kept = []
+        x = torch.randn(2, 64, 32, 32, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            output = layer(x)
+        storages = {t.untyped_storage().data_ptr() for t in kept if t.numel() > 64}
+        assert storages == {x.untyped_storage().data_ptr()}
+        held = [v for v in vars(output.grad_fn).values() if isinstance(v, torch.Tensor)]
+        assert all(t.numel() <= layer.window * 64 for t in held)
+        assert len(kept) + len(held) <= 6
+
+
+class TestLoading:
+    def plain(self, mean=0.0):
+        plain = nn.BatchNorm2d(3)
+        for _ in range(5):
+            plain(torch.randn(4, 3, 5, 5) + mean)
+        if not mean:
+            plain.running_mean.zero_()
+        return plain
+
+    def test_plain_checkpoint_loads_strictly_with_empty_windows(self):
+        plain, layer = self.plain(), train(make(), 30)
+        expected = copy.deepcopy(plain.state_dict())
+        result = layer.load_state_dict(plain.state_dict(), strict=True)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        for key, value in expected.items():
+            assert torch.equal(layer.state_dict()[key], value), key
+        assert not any(layer.state_dict()[key].any() for key in WINDOW_KEYS)
+        x = torch.randn(2, 3, 4, 5)
+        assert torch.equal(layer.eval()(x), plain.eval()(x))
+
+    @pytest.mark.parametrize("assign", [False, True])
+    def test_a_mean_is_warned_of_and_taken_over_about_zero(self, assign):
+        plain = self.plain(mean=3.0)
+        checkpoint = {f"0.{k}": v for k, v in plain.state_dict().items()}
+        before = copy.deepcopy(checkpoint)
+        model = nn.Sequential(make())
+        with pytest.warns(bnstats.BnstatsWarning, match=r"layer '0'.*running_mean is not near"):
+            model.load_state_dict(checkpoint, strict=True, assign=assign)
+        same(before, checkpoint)
+        assert not model[0].running_mean.any()
+        expected = plain.running_var + plain.running_mean**2
+        torch.testing.assert_close(model[0].running_var, expected)
+
+    def test_own_checkpoints_load_without_a_word(self):
+        layer, other = train(make(), 30), make()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            other.load_state_dict(layer.state_dict())
+            other.load_state_dict(self.plain().state_dict())
+
+    def test_bad_checkpoints_are_refused_in_torchs_words(self):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            make().load_state_dict(nn.BatchNorm2d(4).state_dict())
+        with pytest.raises(RuntimeError, match="size mismatch for window_gradients"):
+            make().load_state_dict(make(window=5).state_dict())
+        with pytest.raises(RuntimeError, match=r"Missing key.*running_mean"):
+            make().load_state_dict(nn.BatchNorm2d(3, track_running_stats=False).state_dict())
+
+    def test_goes_back_to_plain_with_its_own_keys_left_over(self):
+        layer, plain = train(make(), 30), nn.BatchNorm2d(3)
+        result = plain.load_state_dict(layer.state_dict(), strict=False)
+        assert result.unexpected_keys == WINDOW_KEYS
+        x = torch.randn(2, 3, 4, 5)
+        assert torch.equal(layer.eval()(x), plain.eval()(x))
+
+
+class TestRecalibration:
+    def batches(self, count=6, size=4):
+        return [torch.randn(size, 3, 5, 5) * (1 + i) + i for i in range(count)]
+
+    def test_leaves_running_mean_zero_and_running_var_the_mean_square(self):
+        model = nn.Sequential(train(make(), 30))
+        before = state(model[0])
+        data = [*self.batches(), torch.randn(1, 3, 5, 5)]
+        result = bnstats.recompute_population_stats(model, data)
+        values = torch.cat(data).double()
+        assert not model[0].running_mean.any()
+        expected = values.square().mean((0, 2, 3)).float()
+        torch.testing.assert_close(model[0].running_var, expected)
+        for key in WINDOW_KEYS:
+            assert torch.equal(model[0].state_dict()[key], before[key])
+        result.undo()
+        same(before, state(model[0]))
+
+    def test_torchs_own_recalibration_works(self):
+        model = nn.Sequential(train(make(momentum=0.3), 30))
+        data = self.batches()
+        torch.optim.swa_utils.update_bn(data, model)
+        expected = torch.stack([x.square().mean((0, 2, 3)) for x in data]).mean(0)
+        torch.testing.assert_close(model[0].running_var, expected)
+        assert not model[0].running_mean.any()
+        assert model[0].momentum == 0.3
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from fvcore's import
+    def test_fvcores_recalibration_works(self):
+        from fvcore.nn.precise_bn import update_bn_stats
+
+        model = nn.Sequential(make(warmup=100))
+        data = self.batches()
+        update_bn_stats(model, data, len(data))
+        # It takes running_var for unbiased, and makes it biased; n is 100 values here.
+        expected = torch.stack([x.square().mean((0, 2, 3)) for x in data]).mean(0) * 99 / 100
+        torch.testing.assert_close(model[0].running_var, expected)
+        assert not model[0].running_mean.any()
+
+
+class Region(nn.Module):
+    """A model in a checkpoint."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return checkpoint(self.model, x, use_reentrant=False)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("checkpointed", [False, True], ids=["bare", "in a checkpoint"])
+    def test_without_a_graph_break_it_is_the_eager_layer(self, checkpointed):
+        torch.compiler.reset()
+        options = {"window": 3, "warmup": 5, "renorm_warmup": 8}
+        eager = nn.Sequential(
+            bnstats.CenteredConv2d(3, 4, 3), make(2, 4, **options), nn.ReLU(), make(2, 4, **options)
+        )
+        other = copy.deepcopy(eager)
+        compiled = Region(other) if checkpointed else other
+        compiled = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+        for _ in range(15):
+            x = torch.randn(2, 3, 6, 6)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            for model, run, inputs in ((eager, eager, a), (other, compiled, b)):
+                model.zero_grad()
+                run(inputs).square().sum().backward()
+            torch.testing.assert_close(a.grad, b.grad)
+        ours, theirs = state(eager), state(other)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+    def test_operators_keep_the_rules_of_custom_operators(self):
+        layer = train(make(), 30)
+        chi = torch.rand(3)
+        arguments = (*layer._windows(), layer.running_var, chi, *layer._schedule())
+        torch.library.opcheck(torch.ops.bnstats.take_step, arguments)
+        step = layer.num_steps_tracked + 0
+        arguments = (layer.window_gradients, layer.window_gradient_steps, step, chi, 5)
+        torch.library.opcheck(torch.ops.bnstats.add_gradient, arguments)
+
+
+class TestDevicePath:
+    """What runs on CUDA, as far as a CPU can run it."""
+
+    @pytest.mark.parametrize("use_reentrant", [None, False, True])
+    def test_counters_as_tensors_give_the_numbers_of_counters_as_numbers(
+        self, monkeypatch, use_reentrant
+    ):
+        layer, other = make(dtype=torch.float64), make(dtype=torch.float64)
+        for step in range(40):
+            x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+            x[0, 0, 0, 0] = float("nan") if step % 9 == 8 else 1.0
+            inputs = [x.clone().requires_grad_() for _ in range(2)]
+            monkeypatch.undo()
+            layer(inputs[0]).square().sum().backward()
+            monkeypatch.setattr(windows, "_on_host", lambda tensor: False)  # noqa: ARG005
+            if use_reentrant is None:
+                output = other(inputs[1])
+            else:
+                output = checkpoint(other, inputs[1], use_reentrant=use_reentrant)
+            output.square().sum().backward()
+            torch.testing.assert_close(inputs[0].grad, inputs[1].grad, equal_nan=True)
+            ours, theirs = state(layer), state(other)
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+    def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, monkeypatch):
+        monkeypatch.setattr(windows, "_on_host", lambda tensor: False)  # noqa: ARG005
+        layer = make(window=2)
+        xs = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
+        losses = [checkpoint(layer, x, use_reentrant=False).sum() for x in xs]
+        losses[0].backward()
+        assert xs[0].grad.isnan().all()
+
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_fused_operators_of_cuda_by_their_definitions(self, monkeypatch, affine):
+        monkeypatch.setattr(torch, "batch_norm_backward_reduce", _backward_reduce)
+        monkeypatch.setattr(torch, "batch_norm_backward_elemt", _backward_elemt)
+        layer = train(make(dtype=torch.float64, affine=affine), 30, dtype=torch.float64)
+        if affine:
+            with torch.no_grad():
+                layer.weight.copy_(torch.tensor([0.0, 1e-3, -2.0]))
+            layer.zero_grad()
+        other = copy.deepcopy(layer)
+        x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        layer(a).pow(3).sum().backward()
+        monkeypatch.setattr(about_zero, "_anywhere", about_zero._on_cuda)
+        other(b).pow(3).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+        for ours, theirs in zip(layer.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        torch.testing.assert_close(layer.window_gradients, other.window_gradients)
+
+
+def _backward_reduce(grad, x, mean, _invstd, _weight, input_g, weight_g, bias_g):
+    """SyncBatchNorm's operator by its definition; the second sum is about the mean."""
+    assert (input_g, weight_g, bias_g) == (True, False, False)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    centered = x - mean.view(1, -1, *[1] * (x.dim() - 2))
+    return grad.sum(axes), (grad * centered).sum(axes), None, None
+
+
+def _backward_elemt(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+    """The gradient of normalization with statistics over ``count`` values."""
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    sum_dy, sum_dy_xmu = sum_dy / count.sum(), sum_dy_xmu / count.sum()
+    scaled = (x - mean.view(shape)) * (invstd.square() * sum_dy_xmu).view(shape)
+    return (grad - sum_dy.view(shape) - scaled) * (invstd * weight).view(shape)
+
+
+class TestCuda:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_is_the_cpus_without_waiting_for_the_device(self, cuda, dtype, layout):
+        layer, other = make(channels=8), make(channels=8).to(cuda)
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        for _ in range(40):
+            x, grad = torch.randn(2, 4, 8, 6, 6).to(dtype).unbind()
+            a = x.clone().requires_grad_()
+            b = x.to(cuda).to(memory_format=layout).requires_grad_()
+            layer.zero_grad()
+            other.zero_grad()
+            expected = layer(a)
+            expected.backward(grad)
+            grad = grad.to(cuda)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                output = other(b)
+                output.backward(grad)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            close = {"rtol": tolerance, "atol": tolerance}
+            torch.testing.assert_close(output.cpu(), expected, **close)
+            torch.testing.assert_close(b.grad.cpu(), a.grad, **close)
+            torch.testing.assert_close(other.weight.grad.cpu(), layer.weight.grad, **close)
+        for name, value in state(layer).items():
+            torch.testing.assert_close(state(other)[name].cpu(), value, **close)
+
+    def test_in_a_cuda_graph_goes_through_warmup_and_window(self, cuda):
+        layer, other = make().to(cuda), make().to(cuda)
+        static = torch.randn(2, 3, 4, 5, device=cuda, requires_grad=True)
+        grad = torch.randn_like(static)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                static.grad = None
+                layer(static).backward(grad)
+        torch.cuda.current_stream().wait_stream(stream)
+        other.load_state_dict(layer.state_dict())
+        graph = torch.cuda.CUDAGraph()
+        static.grad = None
+        with torch.cuda.graph(graph):
+            layer(static).backward(grad)
+        for _ in range(40):
+            x = torch.randn(2, 3, 4, 5, device=cuda)
+            with torch.no_grad():
+                static.copy_(x)
+            graph.replay()
+            x.requires_grad_()
+            other(x).backward(grad)
+            torch.testing.assert_close(static.grad, x.grad)
+        for name, value in state(layer).items():
+            torch.testing.assert_close(state(other)[name], value)
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_under_activation_checkpointing(self, cuda, use_reentrant):
+        layer, other = make().to(cuda), make().to(cuda)
+        for _ in range(40):
+            x = torch.randn(2, 3, 4, 5, device=cuda)
+            a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+            layer(a).square().sum().backward()
+            checkpoint(other, b, use_reentrant=use_reentrant).square().sum().backward()
+            torch.testing.assert_close(a.grad, b.grad)
+        same(state(layer), state(other))
