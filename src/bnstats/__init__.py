@@ -10,11 +10,22 @@ The map:
   in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
+- :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
+  :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
 from bnstats.convert import convert_batchnorm, revert_batchnorm
+from bnstats.diagnose import (
+    BatchStatsRecord,
+    LayerRecord,
+    RunningError,
+    estimate_running_error,
+    plot_batch_stats,
+    plot_drift,
+    record_batch_stats,
+)
 from bnstats.errors import BnstatsError, BnstatsWarning
 from bnstats.layers import (
     CenteredConv1d,
@@ -46,6 +57,7 @@ from bnstats.recompute import (
 )
 
 __all__ = [
+    "BatchStatsRecord",
     "BnstatsError",
     "BnstatsWarning",
     "CenteredConv1d",
@@ -61,6 +73,7 @@ __all__ = [
     "EMABatchNorm1d",
     "EMABatchNorm2d",
     "EMABatchNorm3d",
+    "LayerRecord",
     "LayerStats",
     "Moments",
     "MovingAverageBatchNorm",
@@ -69,10 +82,15 @@ __all__ = [
     "MovingAverageBatchNorm3d",
     "PopulationStats",
     "Recalibration",
+    "RunningError",
     "RunningStats",
     "convert_batchnorm",
+    "estimate_running_error",
     "measure_population_stats",
+    "plot_batch_stats",
+    "plot_drift",
     "recompute_population_stats",
+    "record_batch_stats",
     "revert_batchnorm",
 ]
 

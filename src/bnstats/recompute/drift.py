@@ -85,6 +85,10 @@ class Recalibration:
         for name, running in self.before.items():
             running.write_to(self._layers[name])
 
+    def worst_first(self) -> list[str]:
+        """Return the layers' names by their mean divergence, the largest first."""
+        return sorted(self.drift, key=lambda name: -_mean(self.drift[name].kl))
+
     def __str__(self) -> str:
         """Return a table of the layers, the one with the largest divergence first."""
         skipped = self.after.num_skipped
@@ -93,7 +97,6 @@ class Recalibration:
             head += f", {skipped} batches with non-finite statistics skipped"
         if not self.after:
             return head
-        worst_first = sorted(self.drift, key=lambda name: -_mean(self.drift[name].kl))
         width = max(len("layer"), *map(len, self.drift))
         title = (
             f"{'layer':<{width}}  {'channels':>8}  {'values':>12}  {'mean shift, sd':>16}  "
@@ -103,7 +106,7 @@ class Recalibration:
             f"{'':<{width}}  {'':>8}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
             f"{'least':>7} {'most':>7}  {'mean':>9}  {'rms':>10}"
         )
-        rows = [self._row(name, width) for name in worst_first]
+        rows = [self._row(name, width) for name in self.worst_first()]
         return "\n".join([head, "", title, units, *rows])
 
     def _row(self, name: str, width: int) -> str:

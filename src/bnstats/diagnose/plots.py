@@ -1,0 +1,146 @@
+"""Figures of what was recorded and recomputed; matplotlib is asked for when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bnstats.diagnose.record import BatchStatsRecord
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.recompute import Recalibration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PANELS = {
+    "mean": "mean",
+    "var": "variance",
+    "g": "g = E[dL/dy]",
+    "psi": "Psi = E[y dL/dy]",
+}
+_COLORS = ["#b2182b", "#2166ac", "#4d4d4d", "#e08214"]
+_LINES = ["-", "--", ":", "-."]
+
+
+def plot_batch_stats(
+    records: BatchStatsRecord | Mapping[str, BatchStatsRecord], layer: str
+) -> Figure:
+    """Draw the four batch statistics of a layer against the iteration: Figure 2 of MABN's paper.
+
+    Each panel shows the l2 norm over the channels. A statistic that jumps from batch to batch
+    is noise that training normalizes with.
+
+    Args:
+        records: one record, or several by label, side by side: batch 2 against batch 32.
+        layer: the layer's name, in every record.
+
+    Returns:
+        A matplotlib figure; nothing is shown.
+
+    Raises:
+        InvalidValueError: no record, no such layer, or a layer that never ran.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        >>> with bnstats.record_batch_stats(model) as record:
+        ...     for x in torch.randn(5, 8, 3):
+        ...         model(x).square().mean().backward()
+        >>> len(bnstats.plot_batch_stats(record, "0").axes)
+        4
+    """
+    labelled = _by_label(records)
+    figure = _new_figure(9, 5.5)
+    axes = figure.subplots(2, 2, sharex=True).flatten()
+    for panel, (statistic, title) in zip(axes, _PANELS.items(), strict=True):
+        for index, (label, record) in enumerate(labelled.items()):
+            norms = getattr(record[layer], statistic).norm(dim=1)
+            style = {"color": _COLORS[index % 4], "linestyle": _LINES[index % 4]}
+            panel.plot(range(1, len(norms) + 1), norms, label=label, linewidth=1, **style)
+        panel.set_title(title)
+        panel.set_ylabel("l2 norm over channels")
+    for panel in axes[2:]:
+        panel.set_xlabel("iteration")
+    if any(labelled):
+        axes[0].legend()
+    figure.suptitle(f"batch statistics of layer {layer!r}")
+    return figure
+
+
+def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
+    """Draw how far running statistics were from the population's, the worst layers first.
+
+    One row a layer, one dot a channel: the shift of the mean in standard deviations on the left,
+    the ratio of the variances on the right.
+
+    Args:
+        result: of :func:`bnstats.recompute_population_stats`.
+        worst: at most so many layers, by their mean KL divergence.
+
+    Returns:
+        A matplotlib figure; nothing is shown.
+
+    Raises:
+        InvalidTypeError: not a Recalibration.
+        InvalidValueError: a result without layers, or worst below 1.
+        ImportError: matplotlib is missing.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+        >>> result = bnstats.recompute_population_stats(model, torch.randn(64, 3).split(8))
+        >>> [axes.get_xlabel() for axes in bnstats.plot_drift(result).axes][1]
+        'running variance / population variance'
+    """
+    if not isinstance(result, Recalibration):
+        raise InvalidTypeError(f"result: expected a Recalibration, got {type(result).__name__}")
+    if not result.drift:
+        raise InvalidValueError("result: expected at least one recalibrated layer, got none")
+    if worst < 1:
+        raise InvalidValueError(f"worst: expected 1 or more, got {worst}")
+    names = result.worst_first()[:worst]
+    figure = _new_figure(9, 1.6 + 0.28 * len(names))
+    shifts, ratios = figure.subplots(1, 2, sharey=True)
+    for row, name in enumerate(names):
+        drift = result.drift[name]
+        for panel, values in ((shifts, drift.mean_shift), (ratios, drift.var_ratio)):
+            panel.plot(values, [row] * len(values), "o", color="#b2182b", markersize=3, alpha=0.4)
+    _label(shifts, 0, "(running mean - population mean) / population sd")
+    _label(ratios, 1, "running variance / population variance")
+    ratios.set_xscale("log")
+    shifts.set_yticks(range(len(names)), names)
+    shifts.invert_yaxis()
+    figure.suptitle(f"running against population statistics, worst of {len(result.drift)} layers")
+    return figure
+
+
+def _by_label(records: object) -> Mapping[str, BatchStatsRecord]:
+    if isinstance(records, BatchStatsRecord):
+        return {"": records}
+    if not isinstance(records, Mapping) or not all(
+        isinstance(record, BatchStatsRecord) for record in records.values()
+    ):
+        raise InvalidTypeError(
+            "records: expected what record_batch_stats gave, or several such by label, got "
+            f"{type(records).__name__}"
+        )
+    if not records:
+        raise InvalidValueError("records: expected at least one")
+    return records
+
+
+def _label(panel: Any, equal: float, text: str) -> None:
+    panel.axvline(equal, color="black", linewidth=0.8)
+    panel.set_xlabel(text)
+    panel.grid(axis="y", linewidth=0.3)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures are drawn with matplotlib: pip install 'bnstats[plot]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")

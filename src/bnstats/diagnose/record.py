@@ -1,0 +1,241 @@
+"""Recording the four batch statistics of BatchNorm layers, per training iteration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.private import in_backward_pass
+from bnstats.reduction import mean_and_m2
+from bnstats.traversal import check_materialized, named_places
+
+
+class Normalization(NamedTuple):
+    """What a training forward normalized with: ``y = ratio (x - mean) / sqrt(var + eps)``.
+
+    A layer that does not normalize by the batch's own mean and variance says what it uses by a
+    method ``last_normalization()`` that returns these three, each of shape (C,).
+    """
+
+    mean: Tensor
+    var: Tensor
+    ratio: Tensor
+
+
+class _Iteration:
+    """One training forward of one layer; its backward adds ``g`` and ``psi``."""
+
+    def __init__(self, normalization: Normalization) -> None:
+        self.normalization = normalization
+        self.g = torch.full_like(normalization.mean, torch.nan)
+        self.psi = torch.full_like(normalization.mean, torch.nan)
+
+
+class LayerRecord:
+    """The batch statistics of one layer, each of shape (iterations, C), float64.
+
+    With x the layer's input, y its normalized value before weight and bias, L the loss, and E
+    the average over the values of a batch:
+
+    Attributes:
+        mean: the mean that normalized: E[x].
+        var: the biased variance that normalized.
+        g: E[dL/dy]; NaN for a forward without a backward.
+        psi: E[y dL/dy]; the same.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.iterations: list[_Iteration] = []
+        self.awaiting: list[_Iteration] = []
+
+    def __len__(self) -> int:
+        return len(self.iterations)
+
+    @property
+    def mean(self) -> Tensor:  # noqa: D102
+        return self._stack([row.normalization.mean for row in self.iterations])
+
+    @property
+    def var(self) -> Tensor:  # noqa: D102
+        return self._stack([row.normalization.var for row in self.iterations])
+
+    @property
+    def g(self) -> Tensor:  # noqa: D102
+        return self._stack([row.g for row in self.iterations])
+
+    @property
+    def psi(self) -> Tensor:  # noqa: D102
+        return self._stack([row.psi for row in self.iterations])
+
+    def _stack(self, rows: list[Tensor]) -> Tensor:
+        if not rows:
+            raise InvalidValueError(
+                f"layer '{self.name}' ran no training forward while it was recorded"
+            )
+        return torch.stack(rows).double().cpu()
+
+
+class BatchStatsRecord(Mapping[str, LayerRecord]):
+    """A mapping from layer name to :class:`LayerRecord`, in the order of the model."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self._layers = {name: LayerRecord(name) for name in layers}
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        if name not in self._layers:
+            raise InvalidValueError(_no_such_layer(name, self._layers))
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(f"{name}: {len(layer)}" for name, layer in self._layers.items())
+        return f"BatchStatsRecord(iterations of {{{lengths}}})"
+
+
+@contextmanager
+def record_batch_stats(
+    model: nn.Module, layers: Iterable[str] | None = None
+) -> Iterator[BatchStatsRecord]:
+    """Record what batch normalization does in training: mean, variance, g and Psi of each batch.
+
+    Four statistics of a batch take part in batch normalization: its mean and variance in the
+    forward, ``g = E[dL/dy]`` and ``Psi = E[y dL/dy]`` in the backward. How much they jump from
+    batch to batch is what small batches do harm by: this is the tool behind Figure 2 of the
+    MABN paper. Every training forward of a layer is an iteration. Under activation
+    checkpointing a forward counts once.
+
+    It keeps 4 float64 numbers per channel and iteration on the layer's device. In time it costs
+    each layer one more pass over its input in the forward and two in the backward; see
+    benchmarks/results/diagnose.md.
+
+    Args:
+        model: any Module; wrappers are seen through. Parts under torch.compile must have been
+            entered first, compiled code does not notice new hooks.
+        layers: names of BatchNorm layers; by default all, with running statistics or without.
+
+    Yields:
+        A mapping from layer name to its record, filled while the context is open. The hooks are
+        gone when it closes, whatever happened.
+
+    Raises:
+        InvalidValueError: no BatchNorm layers, or none of a name asked for.
+        InvalidTypeError: not a Module, a lazy layer, or ``layers`` a single string.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> with bnstats.record_batch_stats(model) as record:
+        ...     for x in torch.randn(5, 8, 4):
+        ...         model(x).square().mean().backward()
+        >>> record["1"].psi.shape
+        torch.Size([5, 3])
+
+    References:
+        Yan et al. (2020), "Towards Stabilizing Batch Statistics in Backward Propagation of
+        Batch Normalization", arXiv:2001.06838, section 3 and Figure 2.
+    """
+    chosen = _choose(model, layers)
+    record = BatchStatsRecord(chosen)
+    hooks = []
+    try:
+        for name, layer in chosen.items():
+            hook = partial(_observe, record[name])
+            hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+        yield record
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNorm]:
+    if isinstance(names, str):
+        raise InvalidTypeError(f"layers: expected several names, got one: use [{names!r}]")
+    found: dict[str, _BatchNorm] = {}
+    for name, module, _, _ in named_places(model):
+        if isinstance(module, _BatchNorm) and module not in found.values():
+            check_materialized(name, module)
+            found[name] = module
+    if not found:
+        raise InvalidValueError(f"{type(model).__name__} has no BatchNorm layers to record")
+    if names is None:
+        return found
+    names = list(names)
+    for name in names:
+        if name not in found:
+            raise InvalidValueError(_no_such_layer(name, found))
+    return {name: found[name] for name in names}
+
+
+def _no_such_layer(name: object, names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0)
+    return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest[0]!r}"
+
+
+def _observe(
+    record: LayerRecord,
+    layer: _BatchNorm,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> None:
+    """Take a forward's statistics, and ask for its gradient's."""
+    x: Tensor = args[0] if args else kwargs["input"]
+    if not layer.training or x.numel() == 0:
+        return
+    again = in_backward_pass()
+    if not again:
+        row = _Iteration(_normalization(layer, x))
+        record.iterations.append(row)
+        if not output.requires_grad:
+            # A checkpointed forward, whose gradient comes to the one that runs again.
+            record.awaiting.append(row)
+            return
+    elif output.requires_grad and record.awaiting:
+        # Backward passes meet the forwards in reverse.
+        row = record.awaiting.pop()
+    else:
+        return
+    weight = None if layer.weight is None else layer.weight.detach()
+    # x is saved by the layer for its own backward: it is still what it was by then. The output
+    # may have been overwritten by an activation in place.
+    output.register_hook(partial(_take_gradient, row, layer.eps, weight, x.detach()))
+
+
+def _normalization(layer: _BatchNorm, x: Tensor) -> Normalization:
+    says = getattr(layer, "last_normalization", None)
+    if says is not None:
+        return Normalization(*says())
+    mean, m2 = mean_and_m2(x.detach())
+    return Normalization(mean, m2 / (x.numel() // x.shape[1]), torch.ones_like(mean))
+
+
+@torch.no_grad()
+def _take_gradient(
+    row: _Iteration, eps: float, weight: Tensor | None, x: Tensor, gradient: Tensor
+) -> None:
+    """Average ``dL/dy`` and ``y dL/dy``, where ``dL/dy = weight dL/d output``."""
+    mean, var, ratio = row.normalization
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gradient = gradient.to(wide)
+    centered = x.to(wide) - mean.to(wide).view(shape)
+    scale = torch.ones_like(mean) if weight is None else weight.to(mean)
+    # Several backwards through one forward add up.
+    row.g = row.g.nan_to_num(0) + scale * gradient.mean(axes)
+    psi = scale * ratio * (var + eps).rsqrt() * centered.mul_(gradient).mean(axes)
+    row.psi = row.psi.nan_to_num(0) + psi

@@ -1,0 +1,83 @@
+"""How accurate a moving average can be, however long it runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.recompute import PopulationStats
+
+
+class RunningError(NamedTuple):
+    """The standard error of a layer's moving averages while the weights are fixed.
+
+    Attributes:
+        mean_stderr: of running_mean, in its own unit, of shape (C,).
+        var_stderr: of running_var, the same.
+        effective_batches: how many batches the average is worth.
+    """
+
+    mean_stderr: Tensor
+    var_stderr: Tensor
+    effective_batches: float
+
+
+def estimate_running_error(
+    stats: PopulationStats, *, momentum: float = 0.1, num_batches: int | None = None
+) -> dict[str, RunningError]:
+    r"""Estimate how accurate running averages are, from the spread between batches.
+
+    With fixed weights the batches' statistics are independent draws. A debiased average after t
+    batches weighs the k-th last by ``a (1 - a)^k / (1 - (1 - a)^t)``, with a the momentum; the
+    sum of the squared weights is one over its effective number of batches, which is ::
+
+        (2 - a) / a  *  (1 - (1 - a)^t) / (1 + (1 - a)^t)
+
+    and tends to ``(2 - a) / a``: 19 batches for momentum 0.1, however long it runs. Its standard
+    error is that of one batch over the root of this number. The error that is really there, by
+    weights that move as well, is ``stats.drift_from(model)``.
+
+    Args:
+        stats: measured over at least two batches of the size that training uses; best by
+            ``method="batch_average"``, whose variances are those that ``nn.BatchNorm`` averages.
+        momentum: weight of the new batch, in (0, 1].
+        num_batches: t; by default without end. ``nn.BatchNorm`` is not debiased: its initial
+            value still weighs ``(1 - momentum)^t``.
+
+    Returns:
+        The standard errors by layer name; NaN where stats has a single batch.
+
+    Raises:
+        InvalidValueError: momentum outside (0, 1], num_batches below 1, or stats of a moving
+            average, which tell nothing of a single batch's spread.
+        InvalidTypeError: not PopulationStats.
+
+    Example:
+        >>> import torch, bnstats
+        >>> loader = torch.randn(6400, 2).split(32)
+        >>> stats = bnstats.measure_population_stats(torch.nn.BatchNorm1d(2), loader)
+        >>> error = bnstats.estimate_running_error(stats, momentum=0.1)[""]
+        >>> round(error.effective_batches), bool((error.mean_stderr < 0.1).all())
+        (19, True)
+    """
+    if not isinstance(stats, PopulationStats):
+        raise InvalidTypeError(f"stats: expected PopulationStats, got {type(stats).__name__}")
+    if stats.method == "ema":
+        raise InvalidValueError('stats: expected method "pooled" or "batch_average", got "ema"')
+    if not 0 < momentum <= 1:
+        raise InvalidValueError(f"momentum: expected a number in (0, 1], got {momentum}")
+    if num_batches is not None and num_batches < 1:
+        raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
+    forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches
+    effective = (2 - momentum) / momentum * (1 - forgotten) / (1 + forgotten)
+    return {
+        name: RunningError(
+            # The error of an average of B batches is that of one over the root of B.
+            layer.mean_stderr * (layer.num_batches / effective) ** 0.5,
+            layer.var_stderr * (layer.num_batches / effective) ** 0.5,
+            effective,
+        )
+        for name, layer in stats.items()
+    }

@@ -1,0 +1,283 @@
+"""Looking at statistics: the recorded four are those of the definition, and hooks go."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import bnstats
+import cases
+from bnstats.errors import InvalidTypeError, InvalidValueError
+
+LAYERS = {
+    "BatchNorm1d": lambda: nn.BatchNorm1d(3),
+    "without affine": lambda: nn.BatchNorm1d(3, affine=False),
+    "without running statistics": lambda: nn.BatchNorm1d(3, track_running_stats=False),
+    "ema": lambda: bnstats.EMABatchNorm1d(3),
+    "cumulative": lambda: bnstats.CumulativeBatchNorm1d(3),
+}
+
+
+def network(layer):
+    # The activation overwrites the layer's output, as torchvision's ResNets do.
+    return nn.Sequential(nn.Linear(4, 3), layer, nn.ReLU(inplace=True), nn.Linear(3, 2))
+
+
+def loss_of(output):
+    return (output.square() + output).mean()
+
+
+def definition(model, x):
+    """The four statistics by autograd, with y as a value of its own, in float64."""
+    layer = model[1]
+    h = model[0](x)
+    mean, var = h.mean(0), h.var(0, correction=0)
+    y = ((h - mean) / (var + layer.eps).sqrt()).detach().requires_grad_()
+    weight = 1 if layer.weight is None else layer.weight
+    bias = 0 if layer.bias is None else layer.bias
+    (gradient,) = torch.autograd.grad(loss_of(model[3]((weight * y + bias).relu())), y)
+    return [t.detach() for t in (mean, var, gradient.mean(0), (y * gradient).mean(0))]
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
+def test_the_four_statistics_are_those_of_the_definition(make):
+    model = network(make()).double()
+    if model[1].weight is not None:
+        nn.init.normal_(model[1].weight)
+        nn.init.normal_(model[1].bias)
+    data = torch.randn(6, 8, 4, dtype=torch.float64)
+    with bnstats.record_batch_stats(model) as record:
+        for x in data:
+            loss_of(model(x)).backward()
+    layer = record["1"]
+    expected = [definition(model, x) for x in data]
+    for i, name in enumerate(("mean", "var", "g", "psi")):
+        got = getattr(layer, name)
+        assert got.shape == (6, 3)
+        values = torch.stack([row[i] for row in expected])
+        np.testing.assert_allclose(got, values, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES.values(), ids=cases.SHAPES.keys())
+def test_any_number_of_dimensions_is_recorded_as_its_values_are(shape):
+    dims, size = shape
+    layer = cases.PLAIN[dims](3).double()
+    flat = nn.BatchNorm1d(3).double()
+    x = torch.randn(size, dtype=torch.float64)
+    grad = torch.randn_like(x)
+    with bnstats.record_batch_stats(nn.Sequential(layer, flat)) as record:
+        layer(x).backward(grad) if x.requires_grad else layer(x.requires_grad_()).backward(grad)
+        rows = x.detach().movedim(1, -1).reshape(-1, 3).requires_grad_()
+        flat(rows).backward(grad.movedim(1, -1).reshape(-1, 3))
+    for name in ("mean", "var", "g", "psi"):
+        torch.testing.assert_close(getattr(record["0"], name), getattr(record["1"], name))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_forwards_count_once_with_their_gradients(use_reentrant):
+    torch.manual_seed(1)
+    model = network(nn.BatchNorm1d(3))
+    data = torch.randn(4, 8, 4).requires_grad_()
+    with bnstats.record_batch_stats(model) as plain:
+        for x in data:
+            loss_of(model(x)).backward()
+    with bnstats.record_batch_stats(model) as checkpointed:
+        for x in data:
+            loss_of(checkpoint(model, x, use_reentrant=use_reentrant)).backward()
+    for name in ("mean", "var", "g", "psi"):
+        a, b = getattr(plain["1"], name), getattr(checkpointed["1"], name)
+        torch.testing.assert_close(a, b)
+
+
+def test_evaluation_is_not_recorded_and_a_missing_backward_is_nan():
+    model = network(nn.BatchNorm1d(3))
+    x = torch.randn(8, 4)
+    with bnstats.record_batch_stats(model) as record:
+        model.eval()(x)
+        model.train()(x)
+    assert len(record["1"]) == 1
+    assert record["1"].mean.isfinite().all()
+    assert record["1"].g.isnan().all()
+
+
+def test_recording_changes_nothing_of_the_training():
+    def trained(watch):
+        torch.manual_seed(2)
+        model = network(bnstats.EMABatchNorm1d(3))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def run():
+            for x in torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(3)):
+                optimizer.zero_grad()
+                loss_of(model(x)).backward()
+                optimizer.step()
+
+        if watch:
+            with bnstats.record_batch_stats(model):
+                run()
+        else:
+            run()
+        return model.state_dict()
+
+    a, b = trained(False), trained(True)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("x"), KeyboardInterrupt()])
+def test_the_hooks_are_gone_whatever_happened(error):
+    model = network(nn.BatchNorm1d(3))
+    try:
+        with bnstats.record_batch_stats(model) as record:
+            model(torch.randn(8, 4))
+            if error is not None:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    assert not model[1]._forward_hooks
+    model(torch.randn(8, 4))
+    assert len(record["1"]) == 1
+
+
+def test_layers_are_chosen_by_name_and_the_nearest_is_said():
+    model = nn.Sequential()
+    for name in ("stem", "head"):
+        model.add_module(name, nn.BatchNorm1d(3))
+    with bnstats.record_batch_stats(model, ["head"]) as record:
+        assert [*record] == ["head"]
+    with pytest.raises(InvalidValueError, match=r"no BatchNorm layer 'haed'.*nearest.*'head'"):
+        bnstats.record_batch_stats(model, ["haed"]).__enter__()
+    with pytest.raises(InvalidValueError, match="nearest name is 'head'"):
+        record["heads"]
+    with pytest.raises(InvalidTypeError, match=r"use \['head'\]"):
+        bnstats.record_batch_stats(model, "head").__enter__()
+    with pytest.raises(InvalidValueError, match="Linear has no BatchNorm layers"):
+        bnstats.record_batch_stats(nn.Linear(2, 2)).__enter__()
+
+
+def records():
+    model = network(nn.BatchNorm1d(3))
+    found = {}
+    for n in (2, 32):
+        with bnstats.record_batch_stats(model) as found[f"batch {n}"]:
+            for x in torch.randn(5, n, 4):
+                loss_of(model(x)).backward()
+    return found
+
+
+def test_four_panels_show_the_norms_of_each_record():
+    both = records()
+    figure = bnstats.plot_batch_stats(both, "1")
+    assert [a.get_title() for a in figure.axes] == [
+        "mean", "variance", "g = E[dL/dy]", "Psi = E[y dL/dy]",
+    ]  # fmt: skip
+    lines = figure.axes[3].get_lines()
+    assert [line.get_label() for line in lines] == ["batch 2", "batch 32"]
+    np.testing.assert_allclose(lines[0].get_ydata(), both["batch 2"]["1"].psi.norm(dim=1))
+    assert len({line.get_linestyle() for line in lines}) == 2  # told apart in grey
+    assert len(bnstats.plot_batch_stats(both["batch 2"], "1").axes[0].get_lines()) == 1
+
+
+def test_drift_shows_the_worst_layers_first_and_no_more_than_asked():
+    model = network(nn.BatchNorm1d(3)).append(nn.BatchNorm1d(2))
+    model[4].running_mean.fill_(9)
+    result = bnstats.recompute_population_stats(model, torch.randn(40, 4).split(8))
+    for worst, names in ((20, ["4", "1"]), (1, ["4"])):
+        shifts, ratios = bnstats.plot_drift(result, worst=worst).axes
+        assert [t.get_text() for t in shifts.get_yticklabels()] == names
+        np.testing.assert_allclose(shifts.get_lines()[0].get_xdata(), result.drift["4"].mean_shift)
+        assert ratios.get_xscale() == "log"
+
+
+def test_what_cannot_be_drawn_says_why(monkeypatch):
+    both = records()
+    with bnstats.record_batch_stats(network(nn.BatchNorm1d(3))) as empty:
+        pass
+    with pytest.raises(InvalidValueError, match="layer '1' ran no training forward"):
+        bnstats.plot_batch_stats(empty, "1")
+    with pytest.raises(InvalidValueError, match="nearest name is '1'"):
+        bnstats.plot_batch_stats(both, "bn1")
+    with pytest.raises(InvalidTypeError, match="got list"):
+        bnstats.plot_batch_stats([empty], "1")
+    with pytest.raises(InvalidValueError, match="at least one"):
+        bnstats.plot_batch_stats({}, "1")
+    with pytest.raises(InvalidTypeError, match="expected a Recalibration"):
+        bnstats.plot_drift(both)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'bnstats\[plot\]'"):
+        bnstats.plot_batch_stats(both, "1")
+
+
+def test_the_estimated_error_of_a_running_average_is_the_one_that_simulation_finds():
+    # 400 averages over fixed weights, each of 300 batches of 16 whose means differ.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 300, 16, generator=generator) + torch.randn(
+        400, 300, 1, generator=generator
+    )
+    layer = bnstats.EMABatchNorm1d(400, momentum=0.1, pooled=False)
+    for t in range(300):
+        layer(x[:, t].T)
+    stats = bnstats.measure_population_stats(
+        nn.BatchNorm1d(1), [*x[:50].reshape(-1, 16, 1)], method="batch_average"
+    )
+    error = bnstats.estimate_running_error(stats, momentum=0.1, num_batches=300)[""]
+    assert error.effective_batches == pytest.approx(19)
+    # 400 repetitions know a standard deviation to 3.5 % (one sigma).
+    assert float(layer.running_mean.std() / error.mean_stderr) == pytest.approx(1, abs=0.1)
+    assert float(layer.running_var.std() / error.var_stderr) == pytest.approx(1, abs=0.1)
+
+
+def test_a_young_debiased_average_is_worth_its_batches():
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(2), torch.randn(64, 2).split(8))
+    for batches, worth in ((1, 1), (3, 2.98), (10**6, 19)):
+        error = bnstats.estimate_running_error(stats, num_batches=batches)[""]
+        assert error.effective_batches == pytest.approx(worth, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"momentum": 0}, InvalidValueError, r"in \(0, 1\], got 0"),
+        ({"num_batches": 0}, InvalidValueError, "num_batches: expected 1 or more"),
+        ({"stats": {}}, InvalidTypeError, "expected PopulationStats, got dict"),
+    ],
+)
+def test_misuse_of_the_estimate_is_named(arguments, error, says):
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(2), torch.randn(64, 2).split(8))
+    with pytest.raises(error, match=says):
+        bnstats.estimate_running_error(**{"stats": stats, **arguments})
+    ema = bnstats.measure_population_stats(
+        nn.BatchNorm1d(2), torch.randn(64, 2).split(8), method="ema"
+    )
+    with pytest.raises(InvalidValueError, match='got "ema"'):
+        bnstats.estimate_running_error(ema)
+
+
+def test_watching_a_training_and_recalibrating_at_its_end(tmp_path):
+    # Train, look every few epochs, recalibrate, save, load into a plain model: the same output.
+    def make(norm):
+        return nn.Sequential(nn.Linear(4, 16), norm(16), nn.ReLU(), nn.Linear(16, 2))
+
+    x = torch.randn(256, 4)
+    y = (x[:, 0] > 0).long()
+    model = make(bnstats.EMABatchNorm1d)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    shifts = []
+    for epoch in range(4):
+        model.train()
+        for i in torch.randperm(256).split(16):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[i]), y[i]).backward()
+            optimizer.step()
+        if epoch % 2 == 1:
+            drift = bnstats.measure_population_stats(model, x.split(16)).drift_from(model)["1"]
+            shifts.append(float(drift.mean_shift.abs().max()))
+    assert all(0 < shift < 1 for shift in shifts)
+    bnstats.recompute_population_stats(model, x.split(16))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    plain = make(nn.BatchNorm1d)
+    plain.load_state_dict(torch.load(tmp_path / "model.pt"))
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+    assert (plain(x).argmax(1) == y).float().mean() > 0.9
