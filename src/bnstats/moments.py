@@ -37,22 +37,36 @@ class Weights(NamedTuple):
     between: Number
 
 
+def fold_(
+    mean: Tensor, spread: Tensor, other_mean: Tensor, other_spread: Tensor, weights: Weights
+) -> None:
+    """Take one step of the recursion that this module's docstring states, in place."""
+    step, keep, gain, between = weights
+    delta = other_mean - mean
+    spread.mul_(keep)
+    _add_scaled_(mean, delta, step)
+    _add_scaled_(spread, other_spread, gain)
+    if isinstance(between, Tensor):
+        spread.add_(between * delta.square_())
+    elif between != 0:  # a rule without the term between batches does not pay for it
+        spread.addcmul_(delta, delta, value=between)
+
+
 def fold(
     mean: Tensor, spread: Tensor, other_mean: Tensor, other_spread: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor]:
-    """Take one step of the recursion that this module's docstring states."""
-    step, keep, gain, between = weights
-    delta = other_mean - mean
-    spread = _add_scaled(keep * spread, other_spread, gain)
-    # A rule without the term between batches does not pay for it.
-    if isinstance(between, Tensor) or between != 0:
-        spread = _add_scaled(spread, delta.square(), between)
-    return _add_scaled(mean, delta, step), spread
+    """Return what :func:`fold_` makes of a state, and leave the state alone."""
+    mean, spread = mean.clone(), spread.clone()
+    fold_(mean, spread, other_mean, other_spread, weights)
+    return mean, spread
 
 
-def _add_scaled(x: Tensor, y: Tensor, scale: Number) -> Tensor:
-    """Return x + scale y, in one operation where the host knows the scale."""
-    return x + scale * y if isinstance(scale, Tensor) else torch.add(x, y, alpha=scale)
+def _add_scaled_(x: Tensor, y: Tensor, scale: Number) -> None:
+    """Add scale y to x, in one operation where the host knows the scale."""
+    if isinstance(scale, Tensor):
+        x.add_(scale * y)
+    else:
+        x.add_(y, alpha=scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """Weighting policies: what the core's recursion weighs a new batch with.
 
 Each is a pure function of counters, which are numbers where the host knows them and tensors
-where it must not wait for them.
+where it must not wait for them. A mean of the last m values is no such recursion: it keeps them,
+in :mod:`bnstats.accumulators.window`.
 """
 
 from bnstats.accumulators.cumulative import cumulative

@@ -15,6 +15,14 @@ from bnstats.layers.windows import Scale, Windows, add_gradient
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
 
+_NEAR_ZERO = 1e-3
+"""Mean, in standard deviations, that a layer without a mean need not mention."""
+
+
+def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Whether a layer without a mean evaluates differently from one with these statistics."""
+    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
+
 
 def about_zero(
     x: Tensor,
@@ -59,12 +67,12 @@ class _AboutZero(torch.autograd.Function):
     ) -> Tensor:
         # A step that is a tensor is one of autograd's, so that torch.compile passes it on.
         steps = (step,) if isinstance(step, Tensor) else ()
-        ctx.save_for_backward(x, weight, var, ratio, *steps)
+        factor = _product(weight, ratio)
+        ctx.save_for_backward(x, factor, var, ratio, *steps)
         ctx.step = None if steps else step
         # Not saved but held: other forwards may write to them before this backward does.
         ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
         ctx.eps, ctx.warmup = eps, warmup
-        factor = _product(weight, ratio)
         return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
@@ -75,10 +83,9 @@ class _AboutZero(torch.autograd.Function):
                 "is no derivative of its output, and has none itself; use evaluation mode or "
                 "nn.BatchNorm for second derivatives"
             )
-        x, weight, var, ratio, *steps = ctx.saved_tensors
+        x, factor, var, ratio, *steps = ctx.saved_tensors
         step = steps[0] if steps else ctx.step
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        factor = _product(weight, ratio)
         # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
         grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.moments import Number, Weights, fold
+from bnstats.moments import Number, Weights, fold, fold_
 from bnstats.private import in_backward_pass
 
 
@@ -40,7 +40,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         name = type(self).__name__
-        _check_num_features(name, num_features)
+        check_count(name, "num_features", num_features, 1)
         _check_eps(name, eps)
         _check_momentum(name, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -103,18 +103,20 @@ class RunningStatsBatchNorm(_BatchNorm):
         """Fold a batch's mean and unbiased variance in, unless they are not finite."""
         running_mean, running_var = self.running_mean, self.running_var
         assert running_mean is not None and running_var is not None
-        mean, var = running_mean.to(batch_var.dtype), running_var.to(batch_var.dtype)
+        mean, var = running_mean, running_var
+        if mean.dtype != batch_var.dtype:  # half buffers: the step is taken wide
+            mean, var = mean.to(batch_var.dtype), var.to(batch_var.dtype)
         # Where the mean is not finite, neither is the variance about it.
+        largest = batch_var.max()
         if batch_var.is_cpu and not torch.compiler.is_compiling():
             # On CPU the host knows every number; numbers are cheaper than small tensors.
-            if not math.isfinite(batch_var.max()):
+            if not math.isfinite(largest):
                 return
-            weights = self._weights(batch_values, int)
-            mean, var = fold(mean, var, batch_mean, batch_var, weights)
+            fold_(mean, var, batch_mean, batch_var, self._weights(batch_values, int))
             counted: Tensor | int = 1
         else:
             # The host must not wait for the device: the choice is made there.
-            finite = batch_var.max().isfinite()
+            finite = largest.isfinite()
             weights = self._weights(batch_values, lambda counter: counter)
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
@@ -124,19 +126,18 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._count(batch_values, counted)
 
 
-def _check_num_features(name: str, num_features: int) -> None:
-    if isinstance(num_features, bool) or not isinstance(num_features, int):
-        raise InvalidTypeError(
-            f"{name}: num_features: expected an int, got {type(num_features).__name__}"
-        )
-    if num_features < 1:
-        raise InvalidValueError(f"{name}: num_features: expected 1 or more, got {num_features}")
-
-
 def check_number(name: str, argument: str, value: Any) -> None:
     """Refuse an argument that is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
+
+
+def check_count(name: str, argument: str, value: int, least: int) -> None:
+    """Refuse an argument that is not an int, or below the least."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
 
 
 def _check_eps(name: str, eps: float) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
-from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
-from bnstats.layers.about_zero import about_zero
-from bnstats.layers.base import RunningStatsBatchNorm, check_number
+from bnstats.errors import BnstatsWarning, InvalidValueError
+from bnstats.layers.about_zero import about_zero, far_from_zero
+from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
 from bnstats.private import in_backward_pass
@@ -28,9 +28,6 @@ _WINDOWS = (
     "num_steps_tracked",
 )
 """The buffers of Windows, in its order."""
-
-_NEAR_ZERO = 1e-3
-"""Mean, in standard deviations, that a layer without a mean need not mention."""
 
 
 class MovingAverageBatchNorm(RunningStatsBatchNorm):
@@ -158,9 +155,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         max_ratio: float = 5.0,
     ) -> None:
         name = type(self).__name__
-        _check_count(name, "window", window, 1)
-        _check_count(name, "warmup", warmup, 0)
-        _check_count(name, "renorm_warmup", renorm_warmup, 0)
+        check_count(name, "window", window, 1)
+        check_count(name, "warmup", warmup, 0)
+        check_count(name, "renorm_warmup", renorm_warmup, 0)
         _check_max_ratio(name, max_ratio)
         if not track_running_stats:
             raise InvalidValueError(
@@ -179,8 +176,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             # Scales serve from a forward to its backward: no checkpoint falls in between.
             self.register_buffer(name, buffer, persistent=name != "window_scales")
 
-    @staticmethod
-    def statistics_about_zero() -> bool:
+    def statistics_about_zero(self) -> bool:
         """Say that running_mean is 0 and running_var is about zero."""
         return True
 
@@ -264,8 +260,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         """Take statistics about their mean over as statistics about zero."""
         mean, var = self.running_mean, self.running_var
         assert mean is not None and var is not None
-        wide = self.window_mean_squares.dtype
-        var.copy_(var.to(wide) + mean.to(wide).square())
+        var.addcmul_(mean, mean)
         mean.zero_()
 
     def extra_repr(self) -> str:
@@ -293,18 +288,6 @@ class MovingAverageBatchNorm3d(MovingAverageBatchNorm, nn.BatchNorm3d):
     """:class:`MovingAverageBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
 
     _input_dims = (5,)
-
-
-def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """Whether a layer without a mean evaluates differently from one with these statistics."""
-    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
-
-
-def _check_count(name: str, argument: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
 
 
 def _check_max_ratio(name: str, value: float) -> None:

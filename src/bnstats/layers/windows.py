@@ -91,7 +91,7 @@ def take_step(
     if _on_host(mean_square):
         step = int(windows.num_steps) + 1 if window.is_finite(mean_square) else 0
     else:
-        step = torch.where(mean_square.isfinite().all(), windows.num_steps + 1, 0)
+        step = torch.where(mean_square.sum().isfinite(), windows.num_steps + 1, 0)
     if in_backward_pass():
         return _recall(windows, mean_square, step, schedule)
     return _advance(windows, running_var, mean_square, step, schedule)
