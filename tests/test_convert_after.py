@@ -184,6 +184,16 @@ def test_fuse_conv_bn_eval_takes_reverted_layers(plain):
         torch.testing.assert_close(fused(x), expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_quantization_fuses_a_reverted_model(plain):
+    x = torch.randn(IMAGES)
+    with torch.no_grad():
+        expected = plain(x)
+        fused = torch.ao.quantization.fuse_modules(plain, [["conv1", "bn1", "relu"]])
+        assert isinstance(fused.bn1, nn.Identity)
+        torch.testing.assert_close(fused(x), expected, **CLOSE)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnx_takes_a_reverted_model(plain, tmp_path):
     onnx = pytest.importorskip("onnx")

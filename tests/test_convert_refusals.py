@@ -55,7 +55,7 @@ def instance_forward():
 REFUSED = {
     "own forward": (lambda: Activated(3), "forward"),
     "own method": (lambda: Helpful(3), "helper"),
-    "no dimension": (lambda: Dimensionless(3), "dimensions"),
+    "no dimension": (lambda: Dimensionless(3), "no known base"),
     "forward put on the layer": (instance_forward, "forward"),
     "lazy": (nn.LazyBatchNorm2d, "lazy"),
     "eps 0": (lambda: nn.BatchNorm2d(3, eps=0.0), "eps"),

@@ -72,7 +72,7 @@ def check_materialized(name: str, module: nn.Module) -> None:
     unready = getattr(module, "has_uninitialized_params", None)
     if unready is not None and unready():
         raise InvalidTypeError(
-            f"layer '{name}' ({type(module).__name__}) is lazy and has no statistics yet: "
+            f"layer '{name}' ({type(module).__name__}) is lazy and not yet materialized: "
             "run one forward of the model first"
         )
 

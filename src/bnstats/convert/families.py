@@ -102,11 +102,7 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
         return said
     methods = _methods_beyond(known, module)
     if known is None or methods:
-        own = (
-            f"methods of its own ({', '.join(methods)})"
-            if known
-            else "none of torch's dimensions (1d, 2d, 3d, Sync)"
-        )
+        own = f"methods of its own ({', '.join(methods)})" if methods else "no known base"
         raise InvalidTypeError(
             f"{where}: expected a class of torch's or of bnstats, got a subclass with {own}: "
             f"leave it out with include, or let its class say what it becomes for {to!r} by a "
@@ -118,7 +114,7 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
 def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | None:
     """Ask the class of a layer what it becomes."""
     says = getattr(cls, "__bnstats_class__", None)
-    said = None if says is None else says(to)
+    said: type[nn.Module] | None = None if says is None else says(to)
     if said is None:
         return None
     known = known_class(said) if isinstance(said, type) else None
@@ -128,7 +124,6 @@ def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | 
             f"{where}: __bnstats_class__({to!r}): expected None or a class that derives from "
             f"one of {names}, got {said!r}"
         )
-    assert isinstance(said, type)
     return said
 
 
