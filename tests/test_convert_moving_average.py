@@ -259,9 +259,17 @@ def wrapped_weight(wrap):
     return make
 
 
+def inference():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(torch.randn(3, 3, 1, 1), requires_grad=False)
+    return model
+
+
 UNFOLDABLE = {
     "tied to a layer that is not centered": (tied, "'0'.*also '3''s"),
     "weight norm": (wrapped_weight(parametrizations.weight_norm), "'0'.*parametrization"),
+    "inference mode": (inference, "'0'.*inference_mode"),
     "pruning": (wrapped_weight(lambda m: prune.l1_unstructured(m, "weight", 2)), "'0'.*pruning"),
 }
 

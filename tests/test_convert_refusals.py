@@ -102,6 +102,18 @@ def test_the_way_back_refuses_a_subclass_of_a_family_too():
     assert model[1].pooled is False
 
 
+@families
+def test_a_layer_that_cannot_be_written_to_is_refused(family):
+    with torch.inference_mode():
+        model = two_layers()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InvalidValueError, match=r"'1'.*inference_mode"):
+        bnstats.convert_batchnorm(model, family.name)
+    assert [type(module) for module in model.modules()] == before
+    with torch.inference_mode():
+        bnstats.revert_batchnorm(bnstats.convert_batchnorm(model, family.name))
+
+
 class Speaking(Activated):
     @classmethod
     def __bnstats_class__(cls, to):

@@ -6,17 +6,15 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
 
 import torch
 from torch import fx, nn
 
+from bnstats.convert.change import check_writable
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, target_class, with_parametrizations
 from bnstats.errors import InvalidValueError
 from bnstats.layers.centered import centered
 from bnstats.traversal import Include, check_materialized, named_layers, unwrap
-
-Centered: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CENTERED = tuple(cls for cls in FAMILIES[CENTERED] if issubclass(cls, (*_CONVOLUTIONS, nn.Linear)))
@@ -67,27 +65,36 @@ def plan_folding(model: nn.Module) -> list[Recentering]:
     Raises:
         InvalidValueError: a weight that is no Parameter of the layer's alone.
     """
-    layers = {module: name for name, module in named_layers(model) if isinstance(module, _CENTERED)}
+    layers: dict[nn.Module, str] = {
+        module: name for name, module in named_layers(model) if isinstance(module, _CENTERED)
+    }
+    _check_untied(model, layers)
+    changes = []
+    for module, name in layers.items():
+        where = f"layer '{name}' ({type(module).__name__})"
+        weight = module._parameters.get("weight")
+        if weight is None:
+            raise InvalidValueError(
+                f"{where}: expected a weight that is a Parameter to fold the centering into, got "
+                "one that is computed: remove its parametrization, weight norm or pruning first"
+            )
+        check_writable(where, weight)
+        changes.append(Recentering(module, target_class(where, module, PLAIN), fold=True))
+    return changes
+
+
+def _check_untied(model: nn.Module, layers: dict[nn.Module, str]) -> None:
+    """Refuse a weight that a layer outside uses too, as it is."""
     owners = {id(module._parameters.get("weight")): module for module in layers}
     for name, module in named_layers(model):
         for parameter in module._parameters.values():
-            owner = owners.get(id(parameter)) if parameter is not None else None
+            owner = None if parameter is None else owners.get(id(parameter))
             if owner is not None and module not in layers:
                 raise InvalidValueError(
                     f"layer '{layers[owner]}' ({type(owner).__name__}): expected a weight of its "
                     f"own to fold the centering into, got one that is also '{name}''s, which is "
                     "not centered: give one of them a copy"
                 )
-    changes = []
-    for module, name in layers.items():
-        where = f"layer '{name}' ({type(module).__name__})"
-        if module._parameters.get("weight") is None:
-            raise InvalidValueError(
-                f"{where}: expected a weight that is a Parameter to fold the centering into, got "
-                "one that is computed: remove its parametrization, weight norm or pruning first"
-            )
-        changes.append(Recentering(module, target_class(where, module, PLAIN), fold=True))
-    return changes
 
 
 def _linears_before(model: nn.Module, batchnorms: Collection[nn.Module]) -> set[nn.Module]:

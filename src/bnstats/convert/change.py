@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.convert.families import (
@@ -20,7 +20,7 @@ from bnstats.convert.families import (
     target_class,
     with_parametrizations,
 )
-from bnstats.errors import BnstatsError, InvalidTypeError
+from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 from bnstats.layers.base import RunningStatsBatchNorm
 
 
@@ -79,6 +79,8 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     where = f"layer '{name}' ({type(module).__name__})"
     cls = target_class(where, module, to)
     mean = module.running_mean
+    if to != PLAIN:
+        check_writable(where, mean)
     arguments: dict[str, Any] = {
         "eps": module.eps,
         "momentum": module.momentum,
@@ -95,6 +97,15 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     except BnstatsError as error:
         raise type(error)(f"{where}: {error}") from None
     return Change(module, cls, donor, own_options(to) | options.keys())
+
+
+def check_writable(where: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor that no change may be written to."""
+    if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidValueError(
+            f"{where}: expected tensors that can be written to, got one made under "
+            "torch.inference_mode: load the model outside of it"
+        )
 
 
 def check_options(to: str, options: dict[str, Any]) -> None:
