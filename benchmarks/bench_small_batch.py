@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -108,8 +108,9 @@ OPTIONS: list[dict[str, float]] = [
 
 TABLES = {
     "mlp": comparison("mlp"),
-    "convolutional net": comparison("conv"),
-    "mlp, the options": [moving_average("mlp", 2, **options) for options in OPTIONS],
+    "conv": comparison("conv"),
+    "mlp_options": [moving_average("mlp", 2, **options) for options in OPTIONS],
+    "conv_options": [moving_average("conv", 2, **options) for options in OPTIONS],
 }
 
 
@@ -146,27 +147,35 @@ def test_error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     return round(100 * float(wrong), 2)
 
 
-def main(quick: bool = False) -> None:
-    """Print tables of test errors; keep them and each row's first curves, unless quick."""
+def table(name: str, *, quick: bool) -> None:
+    """Print a table of test errors; keep it and each row's first curves, unless quick."""
     seeds, steps = (1, 20) if quick else (5, 400)
-    lines, curves = [f"`python -m benchmarks.bench_small_batch` on {machine()}."], {}
-    for title, settings in TABLES.items():
-        lines += ["", f"{title}, {steps} steps, {seeds} seeds; test error in %:", ""]
-        lines += ["| normalization | batch | median | range |", "| --- | --- | --- | --- |"]
-        for setting in settings:
-            runs = [
-                train(setting, Digits.load(seed), steps=steps, seed=seed) for seed in range(seeds)
-            ]
-            errors = [run.error for run in runs]
-            spread = f"{statistics.median(errors):.1f} | {min(errors):.1f} to {max(errors):.1f}"
-            lines.append(f"| {setting.name} | {setting.batch} | {spread} |")
-            print(title, lines[-1], flush=True)
-            curves[f"{title}, {setting.name}, batch {setting.batch}"] = vars(runs[0])
+    curves = {}
+    lines = [
+        f"`python -m benchmarks.bench_small_batch {name}` on {machine()}.",
+        f"{steps} steps, {seeds} seeds; test error in %.",
+        "",
+        "| normalization | batch | median | range |",
+        "| --- | --- | --- | --- |",
+    ]
     print("\n".join(lines))
+    for setting in TABLES[name]:
+        runs = [train(setting, Digits.load(seed), steps=steps, seed=seed) for seed in range(seeds)]
+        errors = [run.error for run in runs]
+        spread = f"{statistics.median(errors):.1f} | {min(errors):.1f} to {max(errors):.1f}"
+        lines.append(f"| {setting.name} | {setting.batch} | {spread} |")
+        print(lines[-1], flush=True)
+        curves[f"{setting.name}, batch {setting.batch}"] = vars(runs[0])
     if not quick:
-        (RESULTS / "small_batch.md").write_text("\n".join([*lines, ""]))
-        (RESULTS / "small_batch.json").write_text(json.dumps(curves))
+        (RESULTS / f"small_batch_{name}.md").write_text("\n".join([*lines, ""]))
+        (RESULTS / f"small_batch_{name}.json").write_text(json.dumps(curves))
+
+
+def main(quick: bool = False, names: Sequence[str] = ()) -> None:
+    """Measure the tables of these names, or all."""
+    for name in names or TABLES:
+        table(name, quick=quick)
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    main("--quick" in sys.argv, [name for name in sys.argv[1:] if name in TABLES])

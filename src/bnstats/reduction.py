@@ -8,6 +8,8 @@ float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def _sums_of_squares(rows: Tensor) -> Tensor:
 
 def _short_rows(x: Tensor) -> Tensor:
     """View x of shape (N, C, ...) as rows, (N, C, rows, length), of at most the longest length."""
-    length = x[0, 0].numel()
+    length = math.prod(x.shape[2:])
     fewest = -(-length // _LONGEST_ROW)
     # A length without a fitting divisor, a large prime say, stays whole.
     parts = next((n for n in range(fewest, 4 * fewest) if length % n == 0), 1)

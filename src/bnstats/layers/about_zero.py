@@ -109,8 +109,8 @@ def _anywhere(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: 
     )
 
     def input_gradient(mean: Tensor) -> Tensor:
-        shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-        result: Tensor = partial.addcmul_(x, (mean / (var + eps)).view(shape), value=-1)
+        factor_z = (mean / (var + eps)).view(-1, *[1] * (x.dim() - 2))
+        result: Tensor = partial.addcmul_(x, factor_z, value=-1)
         return result
 
     return grad_z, grad_bias, input_gradient

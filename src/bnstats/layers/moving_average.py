@@ -15,7 +15,7 @@ from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
 from bnstats.layers.about_zero import about_zero, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
-from bnstats.layers.windows import Schedule, Windows, take_step
+from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_square
@@ -56,22 +56,21 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
     purpose, not the derivative of the output: the averages over the window stand for those
     over a large batch. In evaluation it is ``nn.BatchNorm``; one value per channel will do.
 
-    How to choose, counting in training forwards (of which gradient accumulation makes several
-    in an optimizer's step):
+    How to choose, counting in training forwards, of which gradient accumulation makes several
+    in an optimizer's step:
 
-    - ``window``: window times batch is the batch that the statistics are worth; 32 to 64 values
-      per channel from as many samples are enough. A longer window averages over weights that
-      have moved: no more than a few optimizer steps while the learning rate is high.
-    - ``warmup``: until then the layer is a noisy batch norm. Long enough to fill the window and
-      leave the first, fast steps behind, short against the training: at most a tenth of it.
-    - ``renorm_warmup``: from then on the output is as in evaluation, slowly following; give
-      running_var some ``2 / momentum`` forwards to settle. Beyond the end of a short training
-      it never begins, which does little harm.
-    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards. Small batches
-      need more of them: 0.02 for a batch of 2 to 4, 0.1 for 16 and more.
+    - ``window``: window times batch is the batch that the statistics are worth; 32 samples are
+      a good start. More gives little, and lags while the weights still move fast.
+    - ``warmup``: until then the layer is a batch norm over few values. Long enough for the
+      window to fill, short against the training: a quarter of it costs accuracy.
+    - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
+      ``2 / momentum`` forwards to settle; a short training does as well without it.
+    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards; the smaller
+      the batch, the more of them it takes.
 
-    With batches of 16 and more, or many positions to a channel, as in early layers of a
-    convolutional net, batch norm's statistics are good and this layer has nothing to mend.
+    Where batch norm has many values (batches of 16 and more, or the positions of a
+    convolutional net's early layers) this layer has nothing to mend, and costs a little
+    accuracy. Measurements of all this are in ``benchmarks/results``, small_batch.
 
     Args:
         num_features: C, the number of channels.
@@ -202,9 +201,23 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             chi = mean_square(input).to(wide)
             scale = take_step(windows, running_var, chi, self._schedule())
             if not in_backward_pass():
-                # The mean moves towards itself: the window has none to move it to.
-                self._track(running_mean.to(wide), scale.var, input.numel() // self.num_features)
+                self._follow(running_var, scale, input.numel() // self.num_features)
         return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
+
+    def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
+        """Take the core's step about zero, where no means take part, and count the batch."""
+        var, _, step = scale
+        before = running_var.to(var.dtype)
+        if isinstance(step, Tensor):
+            weights = self._weights(batch_values, lambda counter: counter)
+            after = weights.keep * before + weights.gain * var
+            running_var.copy_(torch.where(step > 0, after, before))
+            self._count(batch_values, (step > 0).long())
+        elif step:
+            # Numbers as weights: one operator for what takes four.
+            weights = self._weights(batch_values, int)
+            running_var.copy_(before.lerp(var, weights.gain))
+            self._count(batch_values, 1)
 
     def _windows(self) -> Windows:
         return Windows(*(getattr(self, name) for name in _WINDOWS))
