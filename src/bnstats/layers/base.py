@@ -57,12 +57,19 @@ class RunningStatsBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(counted)
 
-    def adopt_statistics(self) -> None:
-        """Make statistics that came without a history of this layer's fit to go on from.
+    def statistics_about_zero(self) -> bool:
+        """Whether running_mean is always 0, and running_var about zero."""
+        return False
 
-        Conversion asks for it, when the running statistics have become this layer's. Evaluation
-        must not change, as far as the layer can help it.
+    def adopt_statistics(self) -> None:
+        """Go on from running statistics that came without a history of this layer's.
+
+        Conversion asks for it when they have become this layer's.
         """
+        mean, var = self.running_mean, self.running_var
+        if self.statistics_about_zero() and mean is not None and var is not None:
+            var.addcmul_(mean, mean)
+            mean.zero_()
 
     def _check_input_dim(self, input: Tensor) -> None:
         expected = self._input_dims
@@ -126,18 +133,18 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._count(batch_values, counted)
 
 
-def check_number(name: str, argument: str, value: Any) -> None:
-    """Refuse an argument that is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
-
-
-def check_count(name: str, argument: str, value: int, least: int) -> None:
-    """Refuse an argument that is not an int, or below the least."""
+def check_count(name: str, argument: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
     if value < least:
         raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
+
+
+def check_number(name: str, argument: str, value: Any) -> None:
+    """Refuse an argument that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
 def _check_eps(name: str, eps: float) -> None:

@@ -65,12 +65,10 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
       window to fill, short against the training: a quarter of it costs accuracy.
     - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
       ``2 / momentum`` forwards to settle; a short training does as well without it.
-    - ``momentum``: evaluation uses an average over some ``1 / momentum`` forwards; the smaller
-      the batch, the more of them it takes.
+    - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
-    Where batch norm has many values (batches of 16 and more, or the positions of a
-    convolutional net's early layers) this layer has nothing to mend, and costs a little
-    accuracy. Measurements of all this are in ``benchmarks/results``, small_batch.
+    Where batch norm has many values (batches of 16 and more, many positions in an image) this
+    layer has nothing to mend. Measurements are in ``benchmarks/results``, small_batch.
 
     Args:
         num_features: C, the number of channels.
@@ -115,7 +113,6 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
 
         Under activation checkpointing a forward that runs again gets what it got the first
         time, found among the last m forwards by its mean squares; it moves nothing.
-
         A loss scale is in psi: when it changes, Psi is off for a window. bfloat16 needs none.
 
     Example:
@@ -214,7 +211,6 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             running_var.copy_(torch.where(step > 0, after, before))
             self._count(batch_values, (step > 0).long())
         elif step:
-            # Numbers as weights: one operator for what takes four.
             weights = self._weights(batch_values, int)
             running_var.copy_(before.lerp(var, weights.gain))
             self._count(batch_values, 1)
@@ -268,13 +264,6 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
         state_dict[prefix + "running_var"] = var + mean.square()
-
-    def adopt_statistics(self) -> None:
-        """Take statistics about their mean over as statistics about zero."""
-        mean, var = self.running_mean, self.running_var
-        assert mean is not None and var is not None
-        var.addcmul_(mean, mean)
-        mean.zero_()
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
