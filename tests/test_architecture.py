@@ -86,6 +86,6 @@ def test_files_stay_short(path):
 
 
 def test_each_error_is_a_builtin_error_too():
-    builtin = (ValueError, TypeError, ArithmeticError)
+    builtin = (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError)
     for error in bnstats.BnstatsError.__subclasses__():
         assert issubclass(error, builtin), error

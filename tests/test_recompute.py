@@ -591,15 +591,6 @@ def test_misuse_says_what_was_expected_and_what_came(arguments, error, says):
             )
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{"method": "layerwise"}, {"method": "sweeps"}, {"tolerance": 0.01}, {"sync": True}],
-)
-def test_what_is_not_there_yet_says_so(arguments):
-    with pytest.raises(NotImplementedError, match="not available yet"):
-        bnstats.measure_population_stats(nn.BatchNorm1d(3), [torch.randn(4, 3)], **arguments)
-
-
 def test_batches_move_to_the_models_device_at_any_depth(cuda):
     model, x = nn.Sequential(nn.BatchNorm1d(3)).to(cuda), torch.randn(20, 3)
     seen = []

@@ -25,6 +25,18 @@ class LayerMismatchError(BnstatsError, ValueError):
     """Statistics and model do not have the same layers, or not the same channels."""
 
 
+class RepeatedLayerError(BnstatsError, RuntimeError):
+    """A layer runs more than once in a forward, where the method allows one call."""
+
+
+class MemoryLimitError(BnstatsError, MemoryError):
+    """The activations that have to be held are larger than the limit that the caller gave."""
+
+
+class PeerError(BnstatsError, RuntimeError):
+    """Another process of the group failed, and so this one gives up too."""
+
+
 class StatsFileError(BnstatsError, ValueError):
     """A file is not a readable bnstats statistics file."""
 

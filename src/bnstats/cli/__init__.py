@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnstats.cli import demo
+from bnstats.cli import compare, demo, recompute
 from bnstats.errors import BnstatsError
 
-_COMMANDS = (demo,)
+_COMMANDS = (demo, recompute, compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any
 
@@ -13,24 +14,13 @@ from tqdm.auto import tqdm
 from bnstats.errors import InvalidTypeError, InvalidValueError
 
 
-def check_loader(loader: object) -> None:
-    """Refuse what is no iterable of batches."""
-    # DataLoader and Dataset may be iterable by __getitem__ alone.
-    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
-        raise InvalidTypeError(
-            "loader: expected an iterable of batches, a DataLoader or a list say, got "
-            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
-        )
-
-
 def read_batches(
     loader: Iterable[Any],
     *,
     max_batches: int | None,
     progress: bool,
     device: torch.device | str | None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Yield the loader's batches, at most so many, on the device."""
     total = len(loader) if isinstance(loader, Sized) else None
     if max_batches is not None:
@@ -39,6 +29,54 @@ def read_batches(
         for batch in islice(loader, max_batches):
             yield move_to(batch, device)
             bar.update()
+
+
+class Reader:
+    """Gives out a loader's batches, and keeps count.
+
+    Args:
+        loader: an iterable of batches.
+        max_batches: stop after so many.
+        progress: show a progress bar.
+        device: where batches go.
+
+    Attributes:
+        num_read: batches given out so far.
+        exhausted: there are no more.
+        length: how many batches the loader says it has; None where it does not say.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        max_batches: int | None,
+        progress: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        self.num_read = 0
+        self.exhausted = False
+        self.length = len(loader) if isinstance(loader, Sized) else None
+        self._batches = read_batches(
+            loader, max_batches=max_batches, progress=progress, device=device
+        )
+
+    def read(self, until: float = math.inf) -> Iterator[Any]:
+        """Yield batches until so many have been read in all, or there are no more."""
+        while self.num_read < until:
+            batch = next(self._batches, _NO_MORE)
+            if batch is _NO_MORE:
+                self.exhausted = True
+                return
+            self.num_read += 1
+            yield batch
+
+    def close(self) -> None:
+        """Stop reading, and take the progress bar away."""
+        self._batches.close()
+
+
+_NO_MORE = object()
 
 
 def default_device(model: nn.Module) -> torch.device | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 if TYPE_CHECKING:
-    from bnstats.recompute.population import PopulationStats
+    from bnstats.recompute.population import LayerStats, PopulationStats
 
 
 class RunningStats(NamedTuple):
@@ -87,7 +87,7 @@ class Recalibration:
 
     def worst_first(self) -> list[str]:
         """Return the layers' names by their mean divergence, the largest first."""
-        return sorted(self.drift, key=lambda name: -_mean(self.drift[name].kl))
+        return worst_first(self.drift)
 
     def __str__(self) -> str:
         """Return a table of the layers, the one with the largest divergence first."""
@@ -95,29 +95,37 @@ class Recalibration:
         head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
         if skipped:
             head += f", {skipped} batches with non-finite statistics skipped"
-        if not self.after:
-            return head
-        width = max(len("layer"), *map(len, self.drift))
-        title = (
-            f"{'layer':<{width}}  {'channels':>8}  {'values':>12}  {'mean shift, sd':>16}  "
-            f"{'var ratio':>15}  {'KL, nats':>9}  {'stderr, sd':>10}"
-        )
-        units = (
-            f"{'':<{width}}  {'':>8}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
-            f"{'least':>7} {'most':>7}  {'mean':>9}  {'rms':>10}"
-        )
-        rows = [self._row(name, width) for name in self.worst_first()]
-        return "\n".join([head, "", title, units, *rows])
+        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
-    def _row(self, name: str, width: int) -> str:
-        moved, stats = self.drift[name], self.after[name]
-        stderr = stats.mean_stderr / stats.var.sqrt()
-        return (
-            f"{name:<{width}}  {stats.num_features:>8}  {stats.count:>12,}  "
-            f"{_rms(moved.mean_shift):>7.3f}  {moved.mean_shift.abs().max():>7.3f}  "
-            f"{moved.var_ratio.min():>7.3f} {moved.var_ratio.max():>7.3f}  "
-            f"{_mean(moved.kl):>9.2g}  {_rms(stderr):>10.4f}"
-        )
+
+def worst_first(drifts: Mapping[str, Drift]) -> list[str]:
+    """Return the layers' names by their mean divergence, the largest first."""
+    return sorted(drifts, key=lambda name: -_mean(drifts[name].kl))
+
+
+def table(stats: Mapping[str, LayerStats], drifts: Mapping[str, Drift]) -> str:
+    """Return a table of the layers, the one with the largest divergence first."""
+    width = max(len("layer"), *map(len, drifts))
+    title = (
+        f"{'layer':<{width}}  {'channels':>8}  {'values':>12}  {'mean shift, sd':>16}  "
+        f"{'var ratio':>15}  {'KL, nats':>9}  {'stderr, sd':>10}"
+    )
+    units = (
+        f"{'':<{width}}  {'':>8}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
+        f"{'least':>7} {'most':>7}  {'mean':>9}  {'rms':>10}"
+    )
+    rows = [_row(name, stats[name], drifts[name], width) for name in worst_first(drifts)]
+    return "\n".join([title, units, *rows])
+
+
+def _row(name: str, stats: LayerStats, moved: Drift, width: int) -> str:
+    stderr = torch.where(stats.mean_stderr == 0, 0, stats.mean_stderr / stats.var.sqrt())
+    return (
+        f"{name:<{width}}  {stats.num_features:>8}  {stats.count:>12,}  "
+        f"{_rms(moved.mean_shift):>7.3f}  {moved.mean_shift.abs().max():>7.3f}  "
+        f"{moved.var_ratio.min():>7.3f} {moved.var_ratio.max():>7.3f}  "
+        f"{_mean(moved.kl):>9.2g}  {_rms(stderr):>10.4f}"
+    )
 
 
 def _mean(values: Tensor) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
+from bnstats.accumulators.exponential import averaging
 from bnstats.moments import Moments, Weights, fold
 
 EMA_MOMENTUM = 0.1
@@ -45,8 +46,19 @@ class Estimator(Protocol):
     def add(self, batch: Moments) -> None:
         """Take the moments of one more batch."""
 
-    def estimate(self) -> Estimate:
-        """Return what is known so far; a standard error needs two batches, else it is NaN."""
+    def estimate(self, fraction: float = 0) -> Estimate:
+        """Return what is known so far; a standard error needs two batches, else it is NaN.
+
+        Args:
+            fraction: which part of a finite population's batches was taken (the finite
+                population correction); 0 for a sample from something larger.
+        """
+
+    def state(self) -> Tensor:
+        """Return all that was taken so far as one tensor of shape (rows, C)."""
+
+    def absorb(self, state: Tensor) -> None:
+        """Take in what another estimator of the same kind took, from its ``state()``."""
 
 
 class Spread:
@@ -56,9 +68,14 @@ class Spread:
     batch's mean about the first batch's mean, q a mean square. The deviation of a batch from
     the final estimate is a linear form in the features, so its sum of squares is a quadratic
     form in the matrix, and no second pass is needed.
+
+    Args:
+        like: any float tensor of shape (C,), for its shape, dtype and device.
+        about_reference: q is a mean square about the same reference as u.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, *, about_reference: bool) -> None:
+        self._about_reference = about_reference
         self.num_batches = torch.zeros_like(like)
         self.reference = torch.zeros_like(like)
         self.matrix = like.new_zeros(3, 3, *like.shape)
@@ -71,9 +88,31 @@ class Spread:
 
     def add(self, offset: Tensor, q: Tensor, weight: Tensor) -> None:
         """Add one batch's features; a weight of 0 leaves the channel out."""
-        self.num_batches += weight > 0
+        self.num_batches = self.num_batches + (weight > 0)
         features = torch.stack([torch.ones_like(offset), offset, q])
         self.matrix += (weight * features)[:, None] * features
+
+    def state(self) -> Tensor:
+        """Return the numbers of batches, the references and the matrices, (11, C)."""
+        return torch.cat([self.num_batches[None], self.reference[None], self.matrix.flatten(0, 1)])
+
+    def absorb(self, state: Tensor) -> None:
+        """Take in another spread's state, brought to the reference of this one.
+
+        About a reference that is lower by d, the features are ``(1, u + d, q + 2 d u + d^2)``:
+        linear in what they were, so the matrix changes by that map on both sides.
+        """
+        num_batches, reference, matrix = state[0], state[1], state[2:].unflatten(0, (3, 3))
+        self.reference = torch.where(self.num_batches == 0, reference, self.reference)
+        shift = torch.where(num_batches == 0, 0, reference - self.reference)
+        zero, one = torch.zeros_like(shift), torch.ones_like(shift)
+        of_q = [shift.square(), 2 * shift, one] if self._about_reference else [zero, zero, one]
+        rows = [torch.stack(row) for row in ([one, zero, zero], [shift, one, zero], of_q)]
+        change = torch.stack(rows)
+        # Two small matrix products per channel, as sums: a batched one costs far more.
+        matrix = (change[:, :, None] * matrix).sum(1)
+        self.matrix = self.matrix + (matrix[:, None] * change).sum(2)
+        self.num_batches = self.num_batches + num_batches
 
     def sum_of_squares(self, constant: Tensor, of_offset: Tensor, of_q: Tensor) -> Tensor:
         """Return the weighted sum of ``(constant + of_offset u + of_q q)^2`` over the batches."""
@@ -104,7 +143,7 @@ class Pooled:
         zeros = torch.zeros_like(like)
         self._correction = correction
         self._total = Moments(zeros, zeros, zeros)
-        self._spread = Spread(like)
+        self._spread = Spread(like, about_reference=True)
 
     def add(self, batch: Moments) -> None:
         """Merge the batch in, by its number of values."""
@@ -114,13 +153,27 @@ class Pooled:
         mean_square = batch.m2 / batch.count.clamp(min=1) + offset.square()
         self._spread.add(offset, mean_square, batch.count.square())
 
-    def estimate(self) -> Estimate:
+    def state(self) -> Tensor:
+        """Return the pooled moments and the spread, (14, C)."""
+        total = [self._total.count, self._total.mean, self._total.m2]
+        return torch.cat([torch.stack(total), self._spread.state()])
+
+    def mean_and_var(self) -> tuple[Tensor, Tensor]:
+        """Return the pooled statistics without their errors, which cost more."""
+        return self._total.mean, self._total.var(self._correction)
+
+    def absorb(self, state: Tensor) -> None:
+        """Merge another one's moments in, by their number of values."""
+        self._total = self._total + Moments(*state[:3])
+        self._spread.absorb(state[3:])
+
+    def estimate(self, fraction: float = 0) -> Estimate:
         """Return the pooled statistics."""
         count, mean = self._total.count, self._total.mean
         var, biased = self._total.var(self._correction), self._total.var(0)
         shift = mean - self._spread.reference
         zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
-        scale = self._spread.bessel() / count.square()
+        scale = (1 - fraction) * self._spread.bessel() / count.square()
         of_mean = self._spread.sum_of_squares(-shift, ones, zeros)
         of_var = self._spread.sum_of_squares(shift.square() - biased, -2 * shift, ones)
         corrected = count / (count - self._correction)
@@ -154,7 +207,7 @@ class Averaged:
         self._correction = correction
         self._policy = policy
         self._count, self._mean, self._var, self._squared_weights = like.new_zeros(4, *like.shape)
-        self._spread = Spread(like)
+        self._spread = Spread(like, about_reference=False)
 
     def add(self, batch: Moments) -> None:
         """Average the batch in."""
@@ -169,7 +222,27 @@ class Averaged:
         self._count = self._count + batch.count
         self._spread.add(self._spread.offset(batch), var, present.to(var.dtype))
 
-    def estimate(self) -> Estimate:
+    def state(self) -> Tensor:
+        """Return the averages and the spread, (15, C)."""
+        averages = [self._count, self._mean, self._var, self._squared_weights]
+        return torch.cat([torch.stack(averages), self._spread.state()])
+
+    def absorb(self, state: Tensor) -> None:
+        """Average another one's averages in, each by its number of batches.
+
+        Of averages with equal weights that is the average over all batches. A moving average
+        knows no such merge, and has an empty state alone to absorb into.
+        """
+        count, mean, var, squared_weights = state[:4]
+        batches = self._spread.num_batches + state[4]
+        weights = averaging(state[4] / batches.clamp(min=1), pooled=False)
+        self._mean, self._var = fold(self._mean, self._var, mean, var, weights)
+        squares = weights.keep**2 * self._squared_weights + weights.gain**2 * squared_weights
+        self._squared_weights = squares
+        self._count = self._count + count
+        self._spread.absorb(state[4:])
+
+    def estimate(self, fraction: float = 0) -> Estimate:
         """Return the averages."""
         batches = self._spread.num_batches
         zeros, ones = torch.zeros_like(batches), torch.ones_like(batches)
@@ -177,7 +250,8 @@ class Averaged:
         offset, var = self._spread.matrix[0, 1:] / batches
         of_mean = self._spread.sum_of_squares(-offset, ones, zeros)
         of_var = self._spread.sum_of_squares(-var, zeros, ones)
-        scale = self._spread.bessel() / batches * self._squared_weights
+        squared_weights = (self._squared_weights - fraction / batches).clamp(min=0)
+        scale = self._spread.bessel() / batches * squared_weights
         return Estimate(
             num_values=self._count,
             num_batches=batches,

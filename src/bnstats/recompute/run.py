@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from bnstats.errors import (
-    BnstatsWarning,
-    InvalidTypeError,
-    InvalidValueError,
-)
-from bnstats.recompute.batches import (
-    Forward,
-    check_loader,
-    default_device,
-    default_forward,
-    read_batches,
-)
-from bnstats.recompute.collector import Collector
+from bnstats.distributed import Peers, Sync
+from bnstats.errors import BnstatsWarning
+from bnstats.recompute.batches import Forward, default_device, default_forward
 from bnstats.recompute.drift import Recalibration, RunningStats
-from bnstats.recompute.estimators import ESTIMATORS
+from bnstats.recompute.layerwise import layerwise
+from bnstats.recompute.onepass import one_pass
+from bnstats.recompute.options import check_loader, check_mergeable, check_options
 from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.stage import StagedLayer, staged
+from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.sweeps import sweeps
+from bnstats.recompute.task import Task
 from bnstats.traversal import Include, named_batchnorms, unwrap
 
-METHODS = ("pooled", "batch_average", "ema", "layerwise", "sweeps")
+METHODS: dict[str, Callable[[Task], PopulationStats]] = {
+    "pooled": one_pass,
+    "batch_average": one_pass,
+    "ema": one_pass,
+    "layerwise": layerwise,
+    "sweeps": sweeps,
+}
 
 
 def recompute_population_stats(
@@ -44,12 +44,13 @@ def recompute_population_stats(
     include: Include | None = None,
     correction: int = 1,
     on_nonfinite: str = "raise",
-    sync: Any = None,
+    sync: Sync = None,
     progress: bool = False,
+    memory_limit: int | None = None,
 ) -> Recalibration:
     """Replace running statistics by the population statistics of the loader's data.
 
-    One pass over the data with the weights fixed. It is a transaction: if anything fails, the
+    A pass over the data with the weights fixed. It is a transaction: if anything fails, the
     model is bit for bit as it was; the running statistics are written at the end, in place.
     Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
@@ -62,6 +63,19 @@ def recompute_population_stats(
       variances (Algorithm 2 of the BatchNorm paper); the variance between batches is missing.
     - ``"ema"``: the same with a debiased moving average of momentum 0.1: what ``nn.BatchNorm``
       would end with on this data.
+    - ``"layerwise"``: the complete statistics of every layer before it, as in evaluation: what
+      the model will normalize with, and what its layers then see, agree exactly. All batches go
+      through the model together, each in a thread that is held at every layer until the layer
+      has seen them all. It computes one forward of the data and holds the activations of all
+      its batches: about the largest layer's input, and what skips over it, times the number of
+      batches. The forward must not keep anything on the model from one layer to the next, as
+      other batches run in between. A layer that only some batches reach is completed with
+      those, once no batch can go on otherwise.
+    - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
+      again, and each forward ends as soon as there is nothing more to be seen: at most about
+      one half of a forward per layer, fewer where layers do not depend on each other. Layers
+      that do, a layer called twice say, are swept until nothing moves. A loader that shuffles
+      or augments is fine: each layer is then measured on another draw of the data.
 
     Args:
         model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
@@ -72,28 +86,45 @@ def recompute_population_stats(
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
         max_batches: stop after so many.
-        tolerance: not available yet.
+        tolerance: stop reading as soon as, in every layer that was reached, the
+            root-mean-square over channels of the standard error of the mean (in standard
+            deviations) and that of the variance (relative) are at most this. Looked at after 8
+            batches, then at every fourth, later at every eighth part more
+            (``"layerwise"`` starts over with twice as many). The errors come from the spread
+            between batches, which should be shuffled; where the loader has a length and was
+            not read whole, they are those of a sample of its batches (finite population
+            correction).
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
-            layer, or ``"skip"`` it for all layers.
-        sync: False for this process's data alone; merging over processes is not available yet.
+            layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
+            it is not finite: earlier ones have counted it).
+        sync: with whom to merge by torch.distributed: a process group, all processes (True),
+            nobody (False), or all if there are several (None). Every process ends with the
+            same bits, whatever the numbers of batches; one that fails makes all fail. One
+            collective, or one for each layer, sweep, or look at the tolerance.
         progress: show a progress bar.
+        memory_limit: for ``"layerwise"``, how many bytes the inputs that wait at layers may
+            take in this process; what the model keeps beside them is not counted.
 
     Returns:
         What was before and is after, how far it moved, and ``undo()``. Printed, it is a table.
 
     Raises:
-        InvalidValueError: an unknown method or option, an empty loader.
+        InvalidValueError: an unknown method or option, an empty loader, an iterator with
+            ``"sweeps"``, ``"ema"`` over several processes.
         InvalidTypeError: not a Module, not a loader, a batch that needs ``forward``, a lazy
             layer not yet materialized.
         NonFiniteStatisticsError: a batch with NaN or infinity, unless skipped.
         TooFewValuesError: fewer values than the variance needs.
-        NotImplementedError: an option that is not available yet.
+        RepeatedLayerError: with ``"layerwise"``, a layer called twice in one forward.
+        MemoryLimitError: more bytes wait than ``memory_limit``.
+        PeerError: another process failed.
 
     Warns:
         BnstatsWarning: no BatchNorm layers, or some that no batch reached; those keep theirs.
+            Sweeps of layers that depend on each other came to no rest.
 
     Example:
         >>> import torch, bnstats
@@ -121,6 +152,7 @@ def recompute_population_stats(
         on_nonfinite=on_nonfinite,
         sync=sync,
         progress=progress,
+        memory_limit=memory_limit,
     )
     layers = named_batchnorms(model)
     layers = {name: layers[name] for name in after}
@@ -142,8 +174,9 @@ def measure_population_stats(
     include: Include | None = None,
     correction: int = 1,
     on_nonfinite: str = "raise",
-    sync: Any = None,
+    sync: Sync = None,
     progress: bool = False,
+    memory_limit: int | None = None,
 ) -> PopulationStats:
     """Measure the population statistics of the loader's data, and write nothing.
 
@@ -158,9 +191,19 @@ def measure_population_stats(
         True
     """
     inner = unwrap(model)
-    _check_options(method, max_batches, correction, on_nonfinite, include=include, forward=forward)
-    _check_available(method, tolerance, sync)
-    check_loader(loader)
+    check_options(
+        method=method,
+        forward=forward,
+        max_batches=max_batches,
+        tolerance=tolerance,
+        include=include,
+        correction=correction,
+        on_nonfinite=on_nonfinite,
+        memory_limit=memory_limit,
+    )
+    check_loader(loader, method)
+    peers = Peers.of(sync)
+    check_mergeable(method, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
         warnings.warn(
@@ -170,64 +213,19 @@ def measure_population_stats(
             stacklevel=2,
         )
         return PopulationStats({}, method=method)
-    stage = [StagedLayer.of(i, name, module) for i, (name, module) in enumerate(layers.items())]
-    collector = Collector(
-        stage,
-        ESTIMATORS[method],
+    task = Task(
+        model=inner,
+        layers=tuple(StagedLayer.of(name, module) for name, module in layers.items()),
+        loader=loader,
+        forward=partial(forward or default_forward, inner),
+        method=method,
         correction=correction,
         skip_nonfinite=on_nonfinite == "skip",
-    )
-    run = forward or default_forward
-    batches = read_batches(
-        loader,
         max_batches=max_batches,
-        progress=progress,
+        tolerance=tolerance,
+        memory_limit=memory_limit,
         device=device if device is not None else default_device(inner),
+        progress=progress,
+        peers=peers,
     )
-    with staged(inner, stage, collector.visit):
-        for batch in batches:
-            run(inner, batch)
-            collector.close_batch()
-    return PopulationStats(collector.finish(), method=method, num_skipped=collector.num_skipped)
-
-
-def _check_options(
-    method: str,
-    max_batches: int | None,
-    correction: int,
-    on_nonfinite: str,
-    **functions: object,
-) -> None:
-    if method not in METHODS:
-        raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if max_batches is not None:
-        if isinstance(max_batches, bool) or not isinstance(max_batches, int):
-            raise InvalidTypeError(
-                f"max_batches: expected an int or None, got {type(max_batches).__name__}"
-            )
-        if max_batches < 1:
-            raise InvalidValueError(f"max_batches: expected 1 or more, got {max_batches}")
-    if correction not in (0, 1):
-        raise InvalidValueError(
-            f"correction: expected 1 (unbiased variance) or 0 (biased), got {correction!r}"
-        )
-    if on_nonfinite not in ("raise", "skip"):
-        raise InvalidValueError(f'on_nonfinite: expected "raise" or "skip", got {on_nonfinite!r}')
-    for argument, function in functions.items():
-        if function is not None and not callable(function):
-            raise InvalidTypeError(
-                f"{argument}: expected a callable or None, got {type(function).__name__}"
-            )
-
-
-def _check_available(method: str, tolerance: float | None, sync: Any) -> None:
-    if method not in ESTIMATORS:
-        raise NotImplementedError(f'method="{method}" is not available yet; "pooled" is')
-    if tolerance is not None:
-        raise NotImplementedError("tolerance is not available yet; max_batches is")
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if sync or (sync is None and several):
-        raise NotImplementedError(
-            "merging over processes is not available yet; sync=False takes the statistics of "
-            "this process's data alone"
-        )
+    return METHODS[method](task)

@@ -1,8 +1,8 @@
 """Running a model so that chosen BatchNorm layers normalize with what a visitor says.
 
-Everything is in evaluation mode. A forward pre-hook takes the moments of a layer's input and
-tells them to the visitor, which puts what the layer shall normalize with in place of its
-running statistics. One mechanism for every method and every BatchNorm: subclasses with a
+Everything is in evaluation mode. A forward pre-hook tells the visitor of a layer's input; the
+visitor takes its moments and puts what the layer shall normalize with in place of its running
+statistics. One mechanism for every method and every BatchNorm: subclasses with a
 forward of their own, SyncBatchNorm on CPU, batches of one value per channel.
 """
 
@@ -21,28 +21,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.moments import Moments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StagedLayer:
     """A BatchNorm layer on the stage.
 
     Attributes:
-        index: its position among the staged layers.
         name: its name in the unwrapped model.
         module: the layer.
         about_zero: it keeps its statistics about zero, and says so by a method
             ``statistics_about_zero()``, which any layer may have.
     """
 
-    index: int
     name: str
     module: _BatchNorm
     about_zero: bool
 
     @classmethod
-    def of(cls, index: int, name: str, module: _BatchNorm) -> StagedLayer:
+    def of(cls, name: str, module: _BatchNorm) -> StagedLayer:
         """Ask the module what it says of itself."""
         says = getattr(module, "statistics_about_zero", None)
-        return cls(index, name, module, bool(says is not None and says()))
+        return cls(name, module, bool(says is not None and says()))
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels, C."""
+        return self.module.num_features
 
     def moments(self, input: Tensor) -> Moments:
         """Return the moments of an input, about what the layer takes them about."""
@@ -55,7 +58,8 @@ class StagedLayer:
         self.module.running_var.copy_(var)  # type: ignore[union-attr]
 
 
-Visitor = Callable[[StagedLayer, Moments], None]
+Visitor = Callable[[StagedLayer, Tensor], None]
+"""Is told of every call of a staged layer, and of its input, before the layer runs."""
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def _observer(layer: StagedLayer, visit: Visitor) -> Callable[..., None]:
         x = args[0] if args else kwargs.get("input")
         # What the layer cannot take, it refuses itself, in its own words.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == module.num_features:
-            visit(layer, layer.moments(x))
+            visit(layer, x)
 
     return observe
 

@@ -1,0 +1,63 @@
+"""``bnstats compare``: how far one file's statistics are from another's."""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bnstats import PopulationStats, RunningStats
+from bnstats.cli.checkpoints import Checkpoint
+from bnstats.errors import LayerMismatchError
+from bnstats.recompute.drift import drift, table
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command and its options."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "compare",
+        help="how far a checkpoint, or a statistics file, is from a statistics file",
+        description=__doc__,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint or statistics file")
+    parser.add_argument("stats", type=Path, metavar="STATS", help="the statistics to compare with")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load both and print a table."""
+    population = PopulationStats.load(options.stats)
+    running = _running_stats(options.file, population)
+    drifts = {}
+    for name, stats in population.items():
+        if running[name].mean.numel() != stats.num_features:
+            raise LayerMismatchError(
+                f"layer '{name}' has {running[name].mean.numel()} channels in {options.file} and "
+                f"{stats.num_features} in {options.stats}"
+            )
+        drifts[name] = drift(running[name], stats.mean, stats.var)
+    print(f"{len(population)} BatchNorm layers: {options.file} against {options.stats}\n")
+    print(table(population, drifts))
+
+
+def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, RunningStats]:
+    if not _is_stats_file(path):
+        return Checkpoint.load(path).running_stats(population)
+    stats = PopulationStats.load(path)
+    if stats.keys() != population.keys():
+        only = [*(stats.keys() ^ population.keys())]
+        raise LayerMismatchError(
+            f"{path}: these layers are in one of the two files alone: "
+            + ", ".join(map(repr, sorted(only)))
+        )
+    return {name: RunningStats(layer.mean, layer.var) for name, layer in stats.items()}
+
+
+def _is_stats_file(path: Path) -> bool:
+    """Whether it is numpy's kind of archive; torch's checkpoints are archives too."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "header.npy" in archive.namelist()

@@ -1,0 +1,82 @@
+"""From the estimates of all layers to the statistics that are handed out."""
+
+from __future__ import annotations
+
+import warnings
+
+from bnstats.errors import (
+    BnstatsWarning,
+    InvalidValueError,
+    NonFiniteStatisticsError,
+    TooFewValuesError,
+)
+from bnstats.recompute.estimators import Estimate
+from bnstats.recompute.population import LayerStats, PopulationStats
+from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.task import Tally, Task
+
+
+def population_stats(task: Task, tally: Tally, estimate: Estimate) -> PopulationStats:
+    """Return the statistics of every layer that saw values, and warn of the others.
+
+    Args:
+        task: what was measured.
+        tally: how many batches there were.
+        estimate: of all layers of the task, their channels laid end to end.
+    """
+    check_tally(tally)
+    channels = [layer.num_features for layer in task.layers]
+    columns = zip(*(part.cpu().split(channels) for part in estimate), strict=True)
+    stats: dict[str, LayerStats] = {}
+    unseen = []
+    for layer, column in zip(task.layers, columns, strict=True):
+        part = Estimate(*(values.clone() for values in column))
+        if int(part.num_values[0]) == 0:
+            unseen.append(layer.name)
+        else:
+            stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
+    if unseen:
+        warnings.warn(
+            "no batch reached these layers, whose statistics are left alone: "
+            + ", ".join(map(repr, unseen)),
+            BnstatsWarning,
+            stacklevel=5,
+        )
+    return PopulationStats(stats, method=task.method, num_skipped=int(tally.num_skipped))
+
+
+def check_tally(tally: Tally) -> None:
+    """Refuse a measurement without a batch that counts."""
+    if not tally.num_read:
+        raise InvalidValueError(
+            "loader: expected at least one batch, got none; an iterator that was read "
+            "before gives none"
+        )
+    if tally.num_skipped == tally.num_read:
+        raise NonFiniteStatisticsError(
+            f"all {int(tally.num_read)} batches had non-finite statistics and were skipped"
+        )
+
+
+def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> LayerStats:
+    """Return one layer's statistics, of tensors of shape (C,)."""
+    count = int(estimate.num_values[0])
+    check_enough_values(layer, count, correction)
+    return LayerStats(
+        count=count,
+        num_batches=int(estimate.num_batches[0]),
+        mean=estimate.mean,
+        var=estimate.var,
+        mean_stderr=estimate.mean_stderr,
+        var_stderr=estimate.var_stderr,
+        correction=correction,
+    )
+
+
+def check_enough_values(layer: StagedLayer, count: int, correction: int) -> None:
+    """Refuse a variance that is not defined."""
+    if count <= correction:
+        raise TooFewValuesError(
+            f"layer '{layer.name}' saw {count} value per channel: its unbiased variance "
+            "needs two; give more data, or correction=0"
+        )

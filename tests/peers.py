@@ -1,0 +1,273 @@
+"""What several processes do together; test_distributed.py runs it in each of them and asks."""
+
+import copy
+import datetime
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import bnstats
+from bnstats.errors import InvalidValueError, NonFiniteStatisticsError, PeerError
+
+METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
+
+
+def network():
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3),
+        nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5),
+    )  # fmt: skip
+
+
+def shards(world):
+    """Uneven batches for each rank, in uneven numbers: the last has none."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        [
+            torch.randn(9 - i - rank, 2, 8, 8, generator=generator) * (1 + rank) + 7 * i
+            for i in range(2 * (world - 1 - rank))
+        ]
+        for rank in range(world)
+    ]
+
+
+def raises(error, run, says=""):
+    with pytest.raises(error, match=says):
+        run()
+
+
+def same_as_one_process(method):
+    def scenario(rank, world):
+        model, parts = network(), shards(world)
+        stats = bnstats.recompute_population_stats(model, parts[rank], method=method).after
+        everything = [batch for part in parts for batch in part]
+        alone = bnstats.measure_population_stats(network(), everything, method=method, sync=False)
+        for name in alone:
+            for field in ("mean", "var", "mean_stderr", "var_stderr"):
+                expected = getattr(alone[name], field)
+                torch.testing.assert_close(
+                    getattr(stats[name], field), expected, rtol=1e-4, atol=1e-6
+                )
+            assert stats[name].count == alone[name].count
+            assert stats[name].num_batches == alone[name].num_batches
+        return model.state_dict(), [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+def tolerance_is_decided_together(method):
+    def scenario(rank, world):
+        generator = torch.Generator().manual_seed(rank)
+        # The last rank's data is spread so much more that alone it would read on.
+        data = torch.randn(100 if rank else 20, 8, 3, generator=generator)
+        data = list(data + rank * torch.randn(len(data), 1, 1, generator=generator) / 4)
+        read = []
+
+        def loader():
+            for batch in data:
+                read.append(batch)
+                yield batch
+
+        source = data if method == "sweeps" else loader()
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3))
+        stats = bnstats.measure_population_stats(model, source, method=method, tolerance=0.1)
+        for s in stats.values():
+            assert (s.mean_stderr / s.var.sqrt()).square().mean().sqrt() <= 0.1
+            assert 8 * world <= s.num_batches < 20 + 100 * (world - 1)
+        return [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+class Failing:
+    def __init__(self, batches, error):
+        self.batches, self.error = batches, error
+
+    def __iter__(self):
+        yield from self.batches[:1]
+        raise self.error
+
+
+def one_raises_and_all_do(method, error):
+    def scenario(rank, world):
+        model, parts = network(), shards(world + 1)
+        before = copy.deepcopy(model.state_dict())
+        loader = Failing(parts[rank], error("the disk")) if rank == 1 else parts[rank]
+
+        def run():
+            bnstats.recompute_population_stats(model, loader, method=method)
+
+        if rank == 1:
+            raises(error, run, "the disk")
+        else:
+            raises(PeerError, run, "rank 1")
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert all(module.training for module in model.modules())
+
+    return scenario
+
+
+def bad_batches_are_everybodys(method):
+    def scenario(rank, world):
+        parts = shards(world + 1)
+        if rank == 0:
+            parts[0].insert(1, torch.full((2, 2, 8, 8), torch.nan))
+
+        def run(**options):
+            return bnstats.measure_population_stats(
+                network(), parts[rank], method=method, **options
+            )
+
+        raises(PeerError if rank else NonFiniteStatisticsError, run)
+        stats = run(on_nonfinite="skip")
+        assert stats.num_skipped == 1
+        assert stats["1"].num_batches == sum(map(len, shards(world + 1)[:world]))
+        return [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+def all_without_a_batch_is_an_error_on_all(rank, world):  # noqa: ARG001
+    for method in METHODS:
+        raises(
+            InvalidValueError,
+            lambda method=method: bnstats.measure_population_stats(network(), [], method=method),
+            "at least one batch",
+        )
+
+
+def ddp_and_its_sampler(rank, world):  # noqa: ARG001
+    x = torch.randn(37, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(x, torch.zeros(37))
+    loader = DataLoader(data, 5, sampler=DistributedSampler(data, shuffle=False))
+    model = DistributedDataParallel(network())
+    states = []
+    for method in METHODS:
+        result = bnstats.recompute_population_stats(model, loader, method=method)
+        assert [*result.after] == ["1", "4", "7"]
+        assert result.after["1"].count == -(-37 // world) * world * 36
+        states.append(copy.deepcopy(model.module.state_dict()))
+    return states
+
+
+def without_sync_each_has_its_own(rank, world):  # noqa: ARG001
+    x = torch.full((4, 3), float(rank)) + torch.eye(4, 3)
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(3), [x], sync=False)[""]
+    assert torch.equal(stats.mean, x.double().mean(0))
+
+
+def a_group_is_merged_and_no_other(rank, world):
+    first = dist.new_group([0, 1])
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
+    if rank < 2:
+        stats = bnstats.measure_population_stats(nn.BatchNorm1d(3), [x], sync=first)[""]
+        assert stats.count == 8
+    else:
+        raises(
+            InvalidValueError,
+            lambda: bnstats.measure_population_stats(nn.BatchNorm1d(3), [x], sync=first),
+            "not a member",
+        )
+    assert world >= 2
+
+
+def moving_averages_do_not_merge(rank, world):
+    def run():
+        bnstats.measure_population_stats(network(), shards(world)[rank], method="ema")
+
+    raises(InvalidValueError, run, "do not merge")
+
+
+def there_is_one_collective(rank, world):
+    calls = []
+    real = dist.all_gather
+    dist.all_gather = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
+    try:
+        counts = {}
+        for method in ("pooled", "batch_average", "layerwise"):
+            calls.clear()
+            bnstats.measure_population_stats(network(), shards(world)[rank], method=method)
+            counts[method] = len(calls)
+    finally:
+        dist.all_gather = real
+    # Layer by layer: one for each of the three, and one to find that no batch is left.
+    assert counts == {"pooled": 1, "batch_average": 1, "layerwise": 4}
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.detour, self.last = (nn.BatchNorm1d(2) for _ in range(3))
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(self.detour(y).relu() if x[0, 0] > 0 else y)
+
+
+def processes_may_go_different_ways(method):
+    def scenario(rank, world):
+        generator = torch.Generator().manual_seed(rank)
+        sign = 1 if rank == 1 else -1
+        data = [torch.randn(6, 2, generator=generator).abs() * sign for _ in range(3)]
+        stats = bnstats.measure_population_stats(Branching(), data, method=method)
+        batches = {name: s.num_batches for name, s in stats.items()}
+        assert batches == {"first": 3 * world, "detour": 3, "last": 3 * world}
+        return [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+SCENARIOS = {
+    **{f"same_as_one_process[{m}]": same_as_one_process(m) for m in METHODS},
+    **{f"tolerance_is_decided_together[{m}]": tolerance_is_decided_together(m) for m in METHODS},
+    **{
+        f"one_raises_and_all_do[{m}-{e.__name__}]": one_raises_and_all_do(m, e)
+        for m in METHODS
+        for e in (OSError, KeyboardInterrupt)
+    },
+    **{f"bad_batches_are_everybodys[{m}]": bad_batches_are_everybodys(m) for m in METHODS},
+    **{
+        f"processes_may_go_different_ways[{m}]": processes_may_go_different_ways(m)
+        for m in ("pooled", "layerwise", "sweeps")
+    },
+    **{
+        scenario.__name__: scenario
+        for scenario in (
+            all_without_a_batch_is_an_error_on_all,
+            ddp_and_its_sampler,
+            without_sync_each_has_its_own,
+            a_group_is_merged_and_no_other,
+            moving_averages_do_not_merge,
+            there_is_one_collective,
+        )
+    },
+}
+
+
+def run(rank, world, folder):
+    """Run every scenario in this process, and keep what each said."""
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    said = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            said[name] = (None, scenario(rank, world))
+        except BaseException:
+            said[name] = (traceback.format_exc(), None)
+    torch.save(said, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,263 @@
+"""Checkpoints in, checkpoints out: nothing lost, nothing half written, nothing run."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bnstats
+from bnstats.cli import main
+
+MODULE = """
+import torch
+from torch import nn
+import torch.distributed as dist
+
+def model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4))
+
+def other():
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+
+def loader():
+    data = torch.randn(6, 8, 3, generator=torch.Generator().manual_seed(2)) + 1
+    if dist.is_initialized():
+        data = data[dist.get_rank() :: dist.get_world_size()]
+    return list(data)
+
+def one_batch():
+    return torch.zeros(4, 3)
+
+def no_model():
+    return "a model"
+
+number = 5
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "job.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "job", raising=False)
+    return tmp_path
+
+
+def job():
+    import job as module
+
+    return module
+
+
+def save(path="in.pt", wrap=lambda state: state):
+    sys.path.insert(0, os.getcwd())
+    state = job().model().state_dict()
+    torch.save(wrap(state), path)
+    return state
+
+
+def recompute(*arguments, model="job:model", loader="job:loader"):
+    return main(
+        ["recompute", model, loader, "--checkpoint", "in.pt", "--output", "out.pt", *arguments]
+    )
+
+
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_the_output_has_the_population_statistics_and_all_else_as_it_was(here, capsys, method):
+    state = save(wrap=lambda state: {"epoch": 7, "state_dict": state, "optimizer": {"lr": [0.1]}})
+    assert recompute("--method", method, "--stats", "stats.npz") == 0
+    out, err = capsys.readouterr()
+    assert "2 BatchNorm layers recalibrated" in out
+    assert "written to out.pt" in out
+    assert "batch-norm statistics" in err or "layers complete" in err
+    written = torch.load("out.pt", weights_only=True)
+    assert (written["epoch"], written["optimizer"]) == (7, {"lr": [0.1]})
+    expected = bnstats.measure_population_stats(job().model(), job().loader(), method=method)
+    for key, value in written["state_dict"].items():
+        layer, _, statistic = key.rpartition(".")
+        if statistic.startswith("running_"):
+            population = getattr(expected[layer], statistic.removeprefix("running_"))
+            assert torch.equal(value, population.float())
+        else:
+            assert torch.equal(value, state[key])
+    assert torch.equal(bnstats.PopulationStats.load("stats.npz")["1"].mean, expected["1"].mean)
+    assert sorted(p.name for p in here.iterdir() if p.is_file()) == [
+        "in.pt", "job.py", "out.pt", "stats.npz",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {"model": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+    ],
+    ids=["bare", "under model", "from DDP", "from compile in DDP"],
+)
+@pytest.mark.usefixtures("here")
+def test_checkpoints_come_in_many_forms_and_keep_them(wrap):
+    save(wrap=wrap)
+    assert recompute("--no-progress") == 0
+    before, after = torch.load("in.pt"), torch.load("out.pt")
+    assert before.keys() == after.keys()
+    if "model" in before:
+        assert before["model"].keys() == after["model"].keys()
+
+
+@pytest.mark.usefixtures("here")
+def test_options_reach_the_measurement(capsys):
+    save()
+    assert recompute("--max-batches", "2", "--stats", "a.npz", "--no-progress") == 0
+    assert capsys.readouterr().err == ""
+    assert bnstats.PopulationStats.load("a.npz")["1"].num_batches == 2
+    assert recompute("--tolerance", "-1", "--overwrite") == 1
+    assert "tolerance: expected a positive number" in capsys.readouterr().err
+    assert recompute("--memory-limit", "5", "--method", "layerwise", "--overwrite") == 1
+    assert "more than memory_limit=5" in capsys.readouterr().err
+
+
+def test_no_file_is_replaced_by_accident(here, capsys):
+    save()
+    before = (here / "in.pt").read_bytes()
+    (here / "out.pt").write_text("dear to me")
+    assert recompute() == 1
+    assert "out.pt is there already; pass --overwrite" in capsys.readouterr().err
+    assert main(
+        ["recompute", "job:model", "job:loader", "--checkpoint", "in.pt", "--output", "in.pt"]
+    )
+    assert (here / "in.pt").read_bytes() == before
+    assert (here / "out.pt").read_text() == "dear to me"
+    assert recompute("--overwrite") == 0
+
+
+def test_a_write_that_fails_leaves_nothing_half_done(here, monkeypatch):
+    save()
+    (here / "out.pt").write_text("whole")
+
+    def fail(_, path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    assert recompute("--overwrite") == 1
+    assert (here / "out.pt").read_text() == "whole"
+    assert not [*here.glob("*.part")]
+
+
+def test_a_checkpoint_runs_no_code(here, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {here}/owned",)
+
+    save()
+    with open("in.pt", "wb") as file:
+        pickle.dump({"state_dict": Evil()}, file, protocol=2)
+    assert recompute() == 1
+    assert "in.pt: expected a checkpoint" in capsys.readouterr().err
+    assert not (here / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "says"),
+    [
+        ({"model": "job"}, None, "expected module:callable, got 'job'"),
+        ({"model": "job:missing"}, None, "has no callable 'missing'"),
+        ({"model": "job:number"}, None, "has no callable 'number'"),
+        ({"model": "nowhere:model"}, None, "No module named 'nowhere'"),
+        ({"model": "job:no_model"}, None, "expected it to return a torch.nn.Module, got str"),
+        ({"model": "job:other"}, None, "in.pt is not of the model job:other"),
+        ({"loader": "job:one_batch"}, None, "expected an iterable of batches"),
+        ({}, b"no checkpoint at all", "in.pt: expected a checkpoint"),
+        ({}, b"", "in.pt: expected a checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_said_and_nothing_written(here, capsys, options, content, says):
+    save()
+    if content is not None:
+        (here / "in.pt").write_bytes(content)
+    assert recompute(**options) == 1
+    assert says in capsys.readouterr().err
+    assert not (here / "out.pt").exists()
+
+
+def test_a_truncated_checkpoint_and_one_without_tensors_are_named(here, capsys):
+    save()
+    whole = (here / "in.pt").read_bytes()
+    (here / "in.pt").write_bytes(whole[: len(whole) // 2])
+    assert recompute() == 1
+    torch.save({"epoch": 3}, "in.pt")
+    assert recompute() == 1
+    err = capsys.readouterr().err
+    assert "in.pt: expected a checkpoint" in err
+    assert 'expected a state dict, bare or under "state_dict" or "model"' in err
+
+
+@pytest.mark.usefixtures("here")
+def test_a_missing_file_or_folder_is_named(capsys):
+    assert recompute() == 1
+    assert "in.pt" in capsys.readouterr().err
+    save()
+    assert recompute("--stats", "missing/stats.npz") == 1
+    assert "there is no folder missing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_compare_shows_how_far_a_checkpoint_or_another_file_is(capsys):
+    save()
+    recompute("--stats", "stats.npz", "--no-progress")
+    capsys.readouterr()
+    assert main(["compare", "in.pt", "stats.npz"]) == 0
+    far = capsys.readouterr().out
+    assert "in.pt against stats.npz" in far
+    assert main(["compare", "out.pt", "stats.npz"]) == 0
+    assert " 0.000    0.000    1.000   1.000" in capsys.readouterr().out
+    assert main(["compare", "stats.npz", "stats.npz"]) == 0
+    assert " 0.000    0.000    1.000   1.000" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_compare_names_the_layers_that_differ(capsys):
+    save()
+    recompute("--stats", "stats.npz", "--no-progress")
+    stats = bnstats.PopulationStats.load("stats.npz")
+    bnstats.PopulationStats({"1": stats["1"]}).save("fewer.npz")
+    bnstats.PopulationStats({"1": stats["1"], "9": stats["3"]}).save("others.npz")
+    torch.save(job().other().state_dict(), "narrow.pt")
+    for arguments, says in (
+        (["fewer.npz", "stats.npz"], "one of the two files alone: '3'"),
+        (["in.pt", "others.npz"], "no running statistics of these layers: '9'"),
+        (["narrow.pt", "fewer.npz"], "layer '1' has 5 channels in narrow.pt and 4 in fewer.npz"),
+        (["in.pt", "in.pt"], "expected a file that PopulationStats.save wrote"),
+        (["in.pt", "gone.npz"], "gone.npz"),
+    ):
+        assert main(["compare", *arguments]) == 1
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_torchrun_measures_together_and_one_process_writes():
+    save()
+    recompute("--stats", "alone.npz", "--no-progress")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "bnstats", "recompute", "job:model", "job:loader", "--no-progress"]
+    command += ["--checkpoint", "in.pt", "--output", "two.pt", "--stats", "two.npz"]
+    run = subprocess.run(
+        [*command[:3], "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+         "127.0.0.1:0", *command[3:]],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("BatchNorm layers recalibrated") == 1
+    together = bnstats.PopulationStats.load("two.npz")
+    alone = bnstats.PopulationStats.load("alone.npz")
+    for name in alone:
+        assert together[name].count == alone[name].count
+        torch.testing.assert_close(together[name].var, alone[name].var, rtol=1e-5, atol=0)

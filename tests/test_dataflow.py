@@ -1,0 +1,62 @@
+"""Which tensors are computed from which: what decides the order of the sweeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bnstats.recompute.dataflow import Dataflow
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x, y: x + y,
+        lambda _, y: F.relu(y, inplace=True),
+        lambda x, y: x.add_(y),
+        lambda x, y: torch.cat([x, y])[:2].clone().view(-1),
+        lambda _, y: y[0].clone().sum(),
+        lambda x, y: torch.where(y > 0, x, 0),
+        lambda x, y: x[y.argmax(0)],
+        lambda x, y: torch.add(x, y, out=torch.empty(0)),
+        lambda x, y: x.index_copy(0, torch.tensor([0]), y[:1]),
+        lambda _, y: nn.Linear(3, 3)(F.conv1d(y[None], torch.ones(3, 3, 1))[0].T[:, :3]),
+        lambda _, y: torch.sparse.mm(y.to_sparse(), torch.eye(3)),
+    ],
+)
+def test_what_is_computed_from_a_marked_tensor_is_marked(compute):
+    with torch.no_grad(), Dataflow() as flow:
+        x, y = torch.randn(3, 3), torch.randn(3, 3)
+        flow.mark(y, frozenset({"y"}))
+        assert flow.sources(compute(x, y)) == {"y"}
+
+
+def test_what_is_not_is_not():
+    with Dataflow() as flow:
+        x, y = torch.randn(3, 3), torch.randn(3, 3)
+        flow.mark(y, frozenset({"y"}))
+        assert flow.sources(x) == flow.sources((x * 2).relu_()) == frozenset()
+
+
+def test_sources_add_up():
+    with Dataflow() as flow:
+        x, y, z = torch.randn(3, 3, 3)
+        x, y, z = x.clone(), y.clone(), z.clone()
+        flow.mark(x, frozenset({"x"}))
+        flow.mark(y, frozenset({"y"}))
+        assert flow.sources(x @ y) == {"x", "y"}
+        z.mul_(x)
+        assert flow.sources(z - y) == {"x", "y"}
+
+
+def test_an_address_used_again_keeps_no_old_mark():
+    with Dataflow() as flow:
+        addresses = set()
+        for _ in range(50):
+            x = torch.randn(1000)
+            again = x.data_ptr() in addresses
+            addresses.add(x.data_ptr())
+            assert flow.sources(x) == frozenset()
+            flow.mark(x, frozenset({"x"}))
+            del x
+    assert again

@@ -1,0 +1,98 @@
+"""Processes that measure together end with the same bits, or all with an error."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.utils._pytree import tree_flatten
+
+import bnstats
+import peers
+from bnstats.distributed import Peers
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.moments import Moments
+from bnstats.recompute.estimators import ESTIMATORS
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def said(request, tmp_path_factory):
+    """What every process said of every scenario; they run once for all tests."""
+    folder = tmp_path_factory.mktemp("peers")
+    multiprocessing.spawn(peers.run, (request.param, folder), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("scenario", peers.SCENARIOS)
+def test_together(said, scenario):
+    for rank, (failure, _) in enumerate(process[scenario] for process in said):
+        assert failure is None, f"rank {rank}: {failure}"
+    first, *others = (tree_flatten(process[scenario][1]) for process in said)
+    for leaves, structure in others:
+        assert structure == first[1]
+        for mine, theirs in zip(first[0], leaves, strict=True):
+            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+            assert same, "not the same bits on every rank"
+
+
+def moments_of(x):
+    count = torch.full((x.shape[1],), float(len(x)), dtype=torch.float64)
+    return Moments(count, x.mean(0), x.var(0, correction=0) * len(x))
+
+
+@pytest.mark.parametrize("method", ["pooled", "batch_average"])
+@pytest.mark.parametrize("cuts", [(0, 4), (5, 5), (3, 11), (12, 12)])
+def test_estimators_merge_wherever_the_batches_are_cut(method, cuts):
+    # The parts' spreads are about different first batches, far from each other.
+    sizes = (5, 9, 2, 7) * 3
+    batches = [torch.randn(n, 3).double() + 10 * i for i, n in enumerate(sizes)]
+
+    def estimator():
+        like = torch.zeros(3, dtype=torch.float64)
+        return ESTIMATORS[method](torch.ones_like(like), like)
+
+    def taken(part):
+        one = estimator()
+        for x in part:
+            one.add(moments_of(x))
+        return one
+
+    merged = estimator()
+    for a, b in zip((0, *cuts), (*cuts, len(batches)), strict=True):
+        merged.absorb(taken(batches[a:b]).state())
+    for mine, whole in zip(merged.estimate(), taken(batches).estimate(), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("method", ESTIMATORS)
+def test_an_empty_estimator_absorbs_a_state_bit_for_bit(method):
+    like = torch.zeros(3, dtype=torch.float64)
+    one, other = (ESTIMATORS[method](torch.ones_like(like), like) for _ in range(2))
+    for i in range(4):
+        one.add(moments_of(torch.randn(5, 3).double() + i))
+    other.absorb(one.state())
+    other.absorb(ESTIMATORS["pooled" if method == "pooled" else "ema"](like, like).state())
+    assert torch.equal(one.state(), other.state())
+
+
+def test_sync_says_what_it_needs():
+    data = [torch.randn(4, 3)]
+    with pytest.raises(InvalidValueError, match=r"torch.distributed to be initialized"):
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), data, sync=True)
+    with pytest.raises(InvalidTypeError, match="expected True, False, None or a process group"):
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), data, sync="all")
+    assert Peers.of(None).size == Peers.of(False).size == 1
+
+
+def test_nccl_merges_what_is_on_the_devices(cuda, tmp_path):
+    # A group of one takes the same way through the collective as one of many.
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        model = peers.network().to(cuda)
+        data = [batch for part in peers.shards(3) for batch in part]
+        for method in peers.METHODS:
+            together = bnstats.measure_population_stats(model, data, method=method, sync=True)
+            alone = bnstats.measure_population_stats(model, data, method=method, sync=False)
+            for name in alone:
+                assert torch.equal(together[name].var, alone[name].var)
+    finally:
+        dist.destroy_process_group()
