@@ -25,18 +25,10 @@ from bnstats import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
 )
-from bnstats.cli.digits import Digits
+from bnstats.cli.digits import Digits, multilayer_perceptron
 
 GRADIENT_BATCH = 32
 LEARNING_RATE = 0.1
-
-
-def mlp(norm: Callable[[int], nn.Module], linear: type[nn.Linear]) -> nn.Sequential:
-    """Return a 64-128-128-128-128-10 net, normalized before each ReLU."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs in (64, 128, 128, 128):
-        layers += [linear(inputs, 128, bias=False), norm(128), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(128, 10))
 
 
 def conv_net(norm: Callable[[int], nn.Module], conv: type[nn.Conv2d]) -> nn.Sequential:
@@ -72,7 +64,7 @@ class Run:
 def comparison(kind: str) -> list[Setting]:
     """Return the rows that compare the layers, in the MLP or the convolutional net."""
     if kind == "mlp":
-        make = lambda: mlp(nn.BatchNorm1d, nn.Linear)  # noqa: E731
+        make = lambda: multilayer_perceptron(nn.BatchNorm1d, nn.Linear)  # noqa: E731
     else:
         make = lambda: conv_net(nn.BatchNorm2d, nn.Conv2d)  # noqa: E731
     return [
@@ -88,7 +80,7 @@ def moving_average(kind: str, batch: int, **options: float) -> Setting:
     options = {"warmup": 100, **options}
     if kind == "mlp":
         norm = partial(MovingAverageBatchNorm1d, **options)
-        return Setting(name, batch, lambda: mlp(norm, CenteredLinear))
+        return Setting(name, batch, lambda: multilayer_perceptron(norm, CenteredLinear))
     norm = partial(MovingAverageBatchNorm2d, **options)
     return Setting(name, batch, lambda: conv_net(norm, CenteredConv2d))
 

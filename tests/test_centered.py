@@ -51,19 +51,19 @@ class TestCentered:
             assert torch.equal(ours, theirs)
         assert layer(torch.randn(shape)).shape == reference(torch.randn(shape)).shape
 
-    def test_leaves_its_weight_alone(self, centered, plain, args, options, shape):  # noqa: ARG002
+    def test_leaves_its_weight_alone(self, centered, plain, args, options, shape):
         layer = centered(*args, **options)
         before = copy.deepcopy(layer.weight.data)
         layer(torch.randn(shape)).sum().backward()
         assert torch.equal(layer.weight, before)
 
-    def test_weight_gradient_has_no_mean(self, centered, plain, args, options, shape):  # noqa: ARG002
+    def test_weight_gradient_has_no_mean(self, centered, plain, args, options, shape):
         layer = centered(*args, **options)
         layer(torch.randn(shape)).square().sum().backward()
         mean = layer.weight.grad.flatten(1).mean(1)
         assert mean.abs().max() < 1e-5 * layer.weight.grad.abs().max()
 
-    def test_gradients_are_those_of_the_output(self, centered, plain, args, options, shape):  # noqa: ARG002
+    def test_gradients_are_those_of_the_output(self, centered, plain, args, options, shape):
         layer = centered(*args, **options).double()
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         parameters = dict(layer.named_parameters())
@@ -74,7 +74,7 @@ class TestCentered:
 
         assert torch.autograd.gradcheck(run, (x, *parameters.values()), fast_mode=True)
 
-    def test_under_autocast_runs_in_the_low_dtype(self, centered, plain, args, options, shape):  # noqa: ARG002
+    def test_under_autocast_runs_in_the_low_dtype(self, centered, plain, args, options, shape):
         layer = centered(*args, **options)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(torch.randn(shape)).dtype == torch.bfloat16

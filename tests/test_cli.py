@@ -14,11 +14,20 @@ def test_the_demo_tells_its_story_saves_a_figure_and_repeats_itself(tmp_path, ca
     for name in ("a.png", "b.png"):
         assert main(["demo", "--epochs", "1", "--output", str(tmp_path / name)]) == 0
         out, err = capsys.readouterr()
-        assert "training, batch 32: 100%" in err
+        assert "1: convolutional net: 100%" in err
+        assert "2: moving averages, 2: 100%" in err
         stories.append(out.replace(name, ""))
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert stories[0] == stories[1]
-    for word in ("bn1", "bn2", "bn3", "mean shift, sd", "var ratio", "held-out digits"):
+    for word in (
+        "bn1",
+        "bn2",
+        "bn3",
+        "mean shift, sd",
+        "var ratio",
+        "held-out digits",
+        "batch norm, 2",
+    ):
         assert word in stories[0]
 
 
@@ -43,7 +52,7 @@ def test_a_folder_that_is_not_there_is_said_before_training(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "missing" / "x.png")]) == 1
     out, err = capsys.readouterr()
     assert "missing" in err
-    assert "training" not in err + out
+    assert "convolutional" not in err + out
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"]])

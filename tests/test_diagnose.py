@@ -237,19 +237,19 @@ def test_what_cannot_be_drawn_says_why(monkeypatch):
 
 
 def test_the_estimated_error_of_a_running_average_is_the_one_that_simulation_finds():
-    # 400 averages over fixed weights, each of 300 batches of 16 whose means differ.
+    # 400 averages over fixed weights, each of 60 batches of 16 whose means differ.
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 300, 16, generator=generator) + torch.randn(
-        400, 300, 1, generator=generator
-    )
+    x = torch.randn(60, 16, 400, generator=generator)
+    x += torch.randn(60, 1, 400, generator=generator)
     layer = bnstats.EMABatchNorm1d(400, momentum=0.1, pooled=False)
-    for t in range(300):
-        layer(x[:, t].T)
+    for batch in x:
+        layer(batch)
+    one_channel = x.permute(2, 0, 1)[:100].reshape(-1, 16, 1)
     stats = bnstats.measure_population_stats(
-        nn.BatchNorm1d(1), [*x[:50].reshape(-1, 16, 1)], method="batch_average"
+        nn.BatchNorm1d(1), [*one_channel], method="batch_average"
     )
-    error = bnstats.estimate_running_error(stats, momentum=0.1, num_batches=300)[""]
-    assert error.effective_batches == pytest.approx(19)
+    error = bnstats.estimate_running_error(stats, momentum=0.1, num_batches=60)[""]
+    assert error.effective_batches == pytest.approx(19, rel=1e-2)
     # 400 repetitions know a standard deviation to 3.5 % (one sigma).
     assert float(layer.running_mean.std() / error.mean_stderr) == pytest.approx(1, abs=0.1)
     assert float(layer.running_var.std() / error.var_stderr) == pytest.approx(1, abs=0.1)

@@ -6,6 +6,8 @@ The map:
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
 - :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
   :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
+- :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
+  in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
@@ -14,6 +16,7 @@ The map:
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
+from bnstats.convert import convert_batchnorm, revert_batchnorm
 from bnstats.diagnose import (
     BatchStatsRecord,
     LayerRecord,
@@ -81,12 +84,14 @@ __all__ = [
     "Recalibration",
     "RunningError",
     "RunningStats",
+    "convert_batchnorm",
     "estimate_running_error",
     "measure_population_stats",
     "plot_batch_stats",
     "plot_drift",
     "recompute_population_stats",
     "record_batch_stats",
+    "revert_batchnorm",
 ]
 
 __version__ = "0.1.0"

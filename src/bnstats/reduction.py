@@ -105,5 +105,7 @@ def _short_rows(x: Tensor) -> Tensor:
     length = math.prod(x.shape[2:])
     fewest = -(-length // _LONGEST_ROW)
     # A length without a fitting divisor, a large prime say, stays whole.
-    parts = next((n for n in range(fewest, 4 * fewest) if length % n == 0), 1)
+    # (Not by next with a default: torch 2.6 cannot compile that.)
+    fitting = [n for n in range(fewest, 4 * fewest) if length % n == 0]
+    parts = fitting[0] if fitting else 1
     return x.reshape(x.shape[0], x.shape[1], parts, length // parts)

@@ -32,25 +32,22 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def named_places(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None, str]]:
-    """Yield ``(name, module, parent, key)`` for every place that a module stands in.
+def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield ``(name, module)`` for every module, each once, in the order of ``named_modules``.
 
-    In the order of ``named_modules``, and a module that stands in several places once for each.
-    The name is that of the unwrapped model: a wrapper's key is no part of it. The root has the
-    name "" and no parent.
+    The name is that of the unwrapped model: a wrapper's key is no part of it. The root's is "",
+    and a module that stands in several places has the first one's.
     """
     check_module(model)
     places = {"": ("", model)}
-    yield "", model, None, ""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path:
-            continue
-        above, _, key = path.rpartition(".")
-        name, parent = places[above]
-        if key != inner_key(parent):
-            name = f"{name}.{key}" if name else key
-        places[path] = (name, module)
-        yield name, module, parent, key
+    for path, module in model.named_modules():
+        if path:
+            above, _, key = path.rpartition(".")
+            name, parent = places[above]
+            if key != inner_key(parent):
+                name = f"{name}.{key}" if name else key
+            places[path] = (name, module)
+        yield places[path]
 
 
 def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[str, _BatchNorm]:
@@ -60,11 +57,9 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
         InvalidTypeError: model is not a Module, or a layer is lazy and not yet materialized.
     """
     layers: dict[str, _BatchNorm] = {}
-    seen: set[_BatchNorm] = set()
-    for name, module, _, _ in named_places(model):
-        if not isinstance(module, _BatchNorm) or module in seen:
+    for name, module in named_layers(model):
+        if not isinstance(module, _BatchNorm):
             continue
-        seen.add(module)
         check_materialized(name, module)
         tracks = module.running_mean is not None and module.running_var is not None
         if tracks and (include is None or include(name, module)):
@@ -77,7 +72,7 @@ def check_materialized(name: str, module: nn.Module) -> None:
     unready = getattr(module, "has_uninitialized_params", None)
     if unready is not None and unready():
         raise InvalidTypeError(
-            f"layer '{name}' ({type(module).__name__}) is lazy and has no statistics yet: "
+            f"layer '{name}' ({type(module).__name__}) is lazy and not yet materialized: "
             "run one forward of the model first"
         )
 

@@ -50,28 +50,49 @@ def convolutional_net() -> nn.Sequential:
     return net
 
 
+def multilayer_perceptron(
+    norm: Callable[[int], nn.Module], linear: type[nn.Linear]
+) -> nn.Sequential:
+    """Return a 64-128-128-128-128-10 net, normalized before each ReLU."""
+    net = nn.Sequential()
+    net.add_module("flatten", nn.Flatten())
+    for index, inputs in enumerate([64, 128, 128, 128], start=1):
+        net.add_module(f"linear{index}", linear(inputs, 128, bias=False))
+        net.add_module(f"norm{index}", norm(128))
+        net.add_module(f"relu{index}", nn.ReLU())
+    net.add_module("classifier", nn.Linear(128, 10))
+    return net
+
+
 def train(
     model: nn.Module,
     data: TensorDataset,
     *,
-    batch_size: int,
+    title: str,
     epochs: int,
-    lr: float,
     seed: int,
-    after_epoch: Callable[[int], None],
+    normalization_batch: int = 32,
+    after_epoch: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Train by SGD with momentum 0.9, the learning rate falling along a cosine to 0."""
+    """Train by SGD on batches of 32, the learning rate falling from 0.1 along a cosine to 0.
+
+    A batch is normalized in parts of the normalization batch, each with a forward and a
+    backward of its own, whose gradients add up to one step.
+    """
     generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(data, batch_size, shuffle=True, drop_last=True, generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-4)
+    loader = DataLoader(data, 32, shuffle=True, drop_last=True, generator=generator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = CosineAnnealingLR(optimizer, epochs * len(loader))
-    with tqdm(total=epochs * len(loader), desc=f"training, batch {batch_size}") as bar:
+    with tqdm(total=epochs * len(loader), desc=title) as bar:
         for epoch in range(1, epochs + 1):
             model.train()
-            for images, labels in loader:
-                loss = F.cross_entropy(model(images), labels)
+            for batch in loader:
                 optimizer.zero_grad()
-                loss.backward()
+                for images, labels in zip(
+                    *(part.split(normalization_batch) for part in batch), strict=True
+                ):
+                    loss = F.cross_entropy(model(images), labels, reduction="sum") / 32
+                    loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.update()

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_and_m2
-from bnstats.traversal import check_materialized, named_places
+from bnstats.traversal import check_materialized, named_layers
 
 
 class Normalization(NamedTuple):
@@ -165,7 +165,7 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
     if isinstance(names, str):
         raise InvalidTypeError(f"layers: expected several names, got one: use [{names!r}]")
     found: dict[str, _BatchNorm] = {}
-    for name, module, _, _ in named_places(model):
+    for name, module in named_layers(model):
         if isinstance(module, _BatchNorm) and module not in found.values():
             check_materialized(name, module)
             found[name] = module

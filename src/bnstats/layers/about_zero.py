@@ -15,6 +15,14 @@ from bnstats.layers.windows import Scale, Windows, add_gradient
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
 
+_NEAR_ZERO = 1e-3
+"""Mean, in standard deviations, that a layer without a mean need not mention."""
+
+
+def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Whether a layer without a mean evaluates differently from one with these statistics."""
+    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
+
 
 def about_zero(
     x: Tensor,

@@ -57,6 +57,20 @@ class RunningStatsBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(counted)
 
+    def statistics_about_zero(self) -> bool:
+        """Whether running_mean is always 0, and running_var about zero."""
+        return False
+
+    def adopt_statistics(self) -> None:
+        """Go on from running statistics that came without a history of this layer's.
+
+        Conversion asks for it when they have become this layer's.
+        """
+        mean, var = self.running_mean, self.running_var
+        if self.statistics_about_zero() and mean is not None and var is not None:
+            var.addcmul_(mean, mean)
+            mean.zero_()
+
     def _check_input_dim(self, input: Tensor) -> None:
         expected = self._input_dims
         if input.dim() not in expected or input.shape[1] != self.num_features:

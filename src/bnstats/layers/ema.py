@@ -54,7 +54,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
     Note:
         ``num_batches_tracked`` is the t above. A checkpoint from before torch 0.4.1 has none
         (torchvision's first ImageNet weights are such); its averages are taken to have long
-        forgotten their start.
+        forgotten their start. So are those of a layer that is converted, where they are not
+        the initial ones and no batch is counted.
 
     Example:
         >>> import torch
@@ -100,8 +101,24 @@ class EMABatchNorm(RunningStatsBatchNorm):
         counter = prefix + "num_batches_tracked"
         uncounted = counter not in state_dict and prefix + "running_mean" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if uncounted and self.num_batches_tracked is not None and self.momentum:
-            # From here on the debiased weight equals momentum to float32 rounding.
+        if uncounted:
+            self._forget_start()
+
+    def adopt_statistics(self) -> None:
+        """Keep statistics that no batch was counted for; a debiased average would drop them.
+
+        ``nn.BatchNorm`` counts a checkpoint from before torch 0.4.1 as 0 batches. Its averages
+        are taken to have long forgotten their start: ``num_batches_tracked`` says so.
+        """
+        mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.debias or mean is None or var is None or counter is None or counter.is_meta:
+            return
+        if counter == 0 and (mean.any() or (var != 1).any()):
+            self._forget_start()
+
+    def _forget_start(self) -> None:
+        """Count so many batches that the debiased weight equals momentum to float32 rounding."""
+        if self.num_batches_tracked is not None and self.momentum:
             forgotten = math.ceil(-math.log(torch.finfo(torch.float32).eps) / self.momentum)
             self.num_batches_tracked.fill_(forgotten)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
-from bnstats.layers.about_zero import about_zero
+from bnstats.layers.about_zero import about_zero, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
@@ -28,8 +28,6 @@ _WINDOWS = (
     "num_steps_tracked",
 )
 """The buffers of Windows, in its order."""
-
-_NEAR_ZERO = 1e-3  # a mean, in standard deviations, that a layer without one need not mention
 
 
 class MovingAverageBatchNorm(RunningStatsBatchNorm):
@@ -263,7 +261,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong
-        if (mean.square() > _NEAR_ZERO**2 * (var + self.eps)).any():
+        if far_from_zero(mean, var, self.eps):
             warnings.warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "

@@ -1,0 +1,15 @@
+"""Swapping BatchNorm layers for those of a family, and back, inside an existing model.
+
+A conversion changes the class of the layers where they stand, as torch's lazy modules,
+parametrizations and FSDP's ``fully_shard`` do, and puts no new module in their place. So all
+that the rest of the program holds stays true without being copied: the Parameters in an
+optimizer, hooks and the handles that remove them, a layer that is used twice, a layer that is
+also kept in a list, attributes that somebody put on it, a model that is nothing but the layer.
+torch has no public way to copy the half of that (hooks), and its own converter loses it.
+
+First everything is planned and checked, then everything is changed: an error changes nothing.
+"""
+
+from bnstats.convert.run import convert_batchnorm, revert_batchnorm
+
+__all__ = ["convert_batchnorm", "revert_batchnorm"]

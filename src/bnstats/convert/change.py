@@ -1,0 +1,142 @@
+"""What changes in a layer when its class does."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.convert.families import (
+    CENTERED,
+    FAMILIES,
+    PLAIN,
+    family_of,
+    known_class,
+    target_class,
+    with_parametrizations,
+)
+from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
+from bnstats.layers.base import RunningStatsBatchNorm
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer's change, checked and ready.
+
+    Attributes:
+        module: the layer.
+        cls: what its class becomes.
+        donor: a new layer of that family; the layer gets from it what it has not.
+        options: names of the attributes that it gets in any case.
+    """
+
+    module: nn.Module
+    cls: type[nn.Module]
+    donor: nn.Module
+    options: frozenset[str]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Change the layer."""
+        module, donor = self.module, self.donor
+        if self._starts_anew():
+            for name in _additions(family_of(module)):
+                if name in vars(module) or name in module._buffers:
+                    delattr(module, name)
+        for name, value in vars(donor).items():
+            vars(module).setdefault(name, value)
+        for name, buffer in donor._buffers.items():
+            if getattr(module, name, None) is None:
+                persistent = name not in donor._non_persistent_buffers_set
+                module.register_buffer(name, buffer, persistent)
+        for name in self.options:
+            setattr(module, name, getattr(donor, name))
+        module.__class__ = with_parametrizations(self.cls, module)
+        if isinstance(module, RunningStatsBatchNorm):
+            module.adopt_statistics()
+
+    def _starts_anew(self) -> bool:
+        """Whether the layer's state beyond torch's is another family's, or of another size."""
+        family = family_of(self.donor)
+        if family_of(self.module) != family:
+            return True
+        own, new = self.module._buffers, self.donor._buffers
+        sizes = [(own.get(name), new.get(name)) for name in _additions(family)]
+        return any(a is not None and b is not None and a.shape != b.shape for a, b in sizes)
+
+
+def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Change:
+    """Check that a layer can become one of the family ``to``, and say how.
+
+    Raises:
+        BnstatsError: it cannot; the message has the layer's name.
+    """
+    where = f"layer '{name}' ({type(module).__name__})"
+    cls = target_class(where, module, to)
+    mean = module.running_mean
+    if to != PLAIN:
+        check_writable(where, mean)
+    arguments: dict[str, Any] = {
+        "eps": module.eps,
+        "momentum": module.momentum,
+        # Its parameters the layer has; those of affine=False are none.
+        "affine": False,
+        "track_running_stats": mean is not None,
+        "device": None if mean is None else mean.device,
+        "dtype": None if mean is None else mean.dtype,
+    }
+    known = known_class(cls)
+    assert known is not None
+    try:
+        donor = known(module.num_features, **{**arguments, **options})
+    except BnstatsError as error:
+        raise type(error)(f"{where}: {error}") from None
+    return Change(module, cls, donor, own_options(to) | options.keys())
+
+
+def check_writable(where: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor that no change may be written to."""
+    if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise InvalidValueError(
+            f"{where}: expected tensors that can be written to, got one made under "
+            "torch.inference_mode: load the model outside of it"
+        )
+
+
+def check_options(to: str, options: dict[str, Any]) -> None:
+    """Refuse options that the family ``to`` does not have, or whose values it refuses."""
+    expected = [*sorted(own_options(to)), "momentum"]
+    for name in options:
+        if name not in expected:
+            raise InvalidTypeError(
+                f"{name}: {to!r} has no such option; it has {', '.join(expected)}"
+                + (", center" if to == CENTERED else "")
+            )
+    FAMILIES[to][0](1, **options)
+
+
+@cache
+def own_options(family: str) -> frozenset[str]:
+    """Name the keyword-only arguments of a family's class that torch's have not."""
+    own, plain = FAMILIES[family][0], nn.BatchNorm1d
+    return frozenset(_keyword_only(own) - _keyword_only(plain))
+
+
+def _keyword_only(cls: type) -> set[str]:
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@cache
+def _additions(family: str | None) -> frozenset[str]:
+    """Name the attributes and buffers that a family's layers have beyond torch's."""
+    if family is None or family == PLAIN:  # SyncBatchNorm's process group stays, for the way back
+        return frozenset()
+    layer, plain = FAMILIES[family][0](1), nn.BatchNorm1d(1)
+    own = {*vars(layer), *layer._buffers} - {*vars(plain), *plain._buffers}
+    return frozenset(own)

@@ -1,0 +1,140 @@
+"""Which classes become each other, and what the class of a given layer becomes."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from bnstats.errors import InvalidTypeError
+from bnstats.layers import (
+    CenteredConv1d,
+    CenteredConv2d,
+    CenteredConv3d,
+    CenteredLinear,
+    CumulativeBatchNorm,
+    CumulativeBatchNorm1d,
+    CumulativeBatchNorm2d,
+    CumulativeBatchNorm3d,
+    EMABatchNorm,
+    EMABatchNorm1d,
+    EMABatchNorm2d,
+    EMABatchNorm3d,
+    MovingAverageBatchNorm,
+    MovingAverageBatchNorm1d,
+    MovingAverageBatchNorm2d,
+    MovingAverageBatchNorm3d,
+)
+
+PLAIN = "plain"
+
+CENTERED = "moving_average"
+"""The family that also has layers to stand before its batch norms."""
+
+FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
+    # Classes of one column become each other. SyncBatchNorm takes any dimension, as a family's
+    # base class does.
+    PLAIN: (
+        *(nn.SyncBatchNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear),
+    ),
+    "ema": (EMABatchNorm, EMABatchNorm1d, EMABatchNorm2d, EMABatchNorm3d),
+    "cumulative": (
+        CumulativeBatchNorm,
+        CumulativeBatchNorm1d,
+        CumulativeBatchNorm2d,
+        CumulativeBatchNorm3d,
+    ),
+    CENTERED: (
+        MovingAverageBatchNorm,
+        MovingAverageBatchNorm1d,
+        MovingAverageBatchNorm2d,
+        MovingAverageBatchNorm3d,
+        *(CenteredConv1d, CenteredConv2d, CenteredConv3d, CenteredLinear),
+    ),
+}
+
+_COLUMNS = {known: column for row in FAMILIES.values() for column, known in enumerate(row)}
+_FAMILY_OF = {known: family for family, row in FAMILIES.items() for known in row}
+
+# What a class holds without behaving differently for it.
+_INERT = {"__init__", "__annotate__", "__annotate_func__", "__bnstats_class__"}
+
+
+def known_class(cls: type) -> type[nn.Module] | None:
+    """Return the nearest class of the families that a class is or derives from."""
+    return next((base for base in cls.__mro__ if base in _FAMILY_OF), None)
+
+
+def family_of(module: nn.Module) -> str | None:
+    """Return the family that a layer is of; None for other modules."""
+    known = known_class(type(module))
+    return None if known is None else _FAMILY_OF[known]
+
+
+def written_class(module: nn.Module) -> type[nn.Module]:
+    """Return a layer's class without the one that torch derives for its parametrizations."""
+    cls = type(module)
+    return cls.__bases__[0] if is_parametrized(module) else cls
+
+
+def with_parametrizations(cls: type[nn.Module], module: nn.Module) -> type[nn.Module]:
+    """Derive from a class as torch does, where the layer that becomes it is parametrized.
+
+    Not by changing the derived class's base: copies of a parametrized layer share the class.
+    """
+    if not is_parametrized(module):
+        return cls
+    return type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(module))))
+
+
+def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
+    """Return what the class of a layer becomes in the family ``to``.
+
+    Raises:
+        InvalidTypeError: its methods would be lost; ``where`` begins the message.
+    """
+    cls = written_class(module)
+    known = known_class(cls)
+    if known is not None and _FAMILY_OF[known] == to:
+        return cls
+    said = _said_class(where, cls, to)
+    if said is not None:
+        return said
+    methods = _methods_beyond(known, module)
+    if known is None or methods:
+        own = f"methods of its own ({', '.join(methods)})" if methods else "no known base"
+        raise InvalidTypeError(
+            f"{where}: expected a class of torch's or of bnstats, got a subclass with {own}: "
+            f"leave it out with include, or let its class say what it becomes for {to!r} by a "
+            "method __bnstats_class__ (see convert_batchnorm)"
+        )
+    return FAMILIES[to][_COLUMNS[known]]
+
+
+def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | None:
+    """Ask the class of a layer what it becomes."""
+    says = getattr(cls, "__bnstats_class__", None)
+    said: type[nn.Module] | None = None if says is None else says(to)
+    if said is None:
+        return None
+    known = known_class(said) if isinstance(said, type) else None
+    if known is None or _FAMILY_OF[known] != to:
+        names = ", ".join(base.__name__ for base in FAMILIES[to])
+        raise InvalidTypeError(
+            f"{where}: __bnstats_class__({to!r}): expected None or a class that derives from "
+            f"one of {names}, got {said!r}"
+        )
+    return said
+
+
+def _methods_beyond(known: type[nn.Module] | None, module: nn.Module) -> list[str]:
+    """Name the methods that a layer has and the known class that it derives from has not."""
+    names = ["forward"] if "forward" in vars(module) else []
+    for base in written_class(module).__mro__:
+        if base is known or known is None:
+            break
+        for name, value in vars(base).items():
+            behaves = callable(value) or hasattr(value, "__get__")
+            if behaves and name not in _INERT and name not in names:
+                names.append(name)
+    return names

@@ -1,0 +1,228 @@
+"""The public functions: convert a model's BatchNorm layers, and revert them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.convert.centering import Recentering, plan_centering, plan_folding
+from bnstats.convert.change import Change, check_options, plan
+from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
+from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.layers.about_zero import far_from_zero
+from bnstats.traversal import Include, check_materialized, named_layers
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **options: Any) -> M:
+    """Make the BatchNorm layers of a model those of a family, in place.
+
+    Served are torch's ``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, which becomes the family's base
+    class, and the layers of other families. They stay the same objects, with the same
+    Parameters and buffers, hooks, training flag, eps and momentum. Names and order of
+    sub-modules, parameters and state-dict keys do not change, but for the buffers that a family
+    adds. An optimizer built before goes on; so do DistributedDataParallel and torch.compile,
+    which are seen through.
+
+    What the running statistics go on from:
+
+    - ``"ema"``: they go on as an average. Statistics that are not the initial ones and that no
+      batch was counted for are taken as one that has forgotten its start (see
+      :class:`EMABatchNorm`). The model evaluates to the same bits.
+    - ``"cumulative"``: ``num_values_tracked`` is 0. The statistics serve evaluation, to the
+      same bits, until the first training batch replaces them.
+    - ``"moving_average"``: about zero, ``running_var + running_mean^2``, with empty windows.
+      Every convolution becomes its centered twin, and every ``nn.Linear`` whose output goes
+      straight into a converted layer: by the graph that torch.fx traces, or, where it cannot
+      trace the model, as neighbours in an ``nn.Sequential``. A trained model evaluates
+      differently then, and is to be trained further.
+
+    A layer that is of the family already keeps its state and takes the options: converting
+    twice is converting once. Another ``window`` empties the windows.
+
+    Args:
+        model: any Module.
+        to: ``"ema"``, ``"cumulative"`` or ``"moving_average"``.
+        include: ``include(name, module) -> bool`` chooses layers, those to be centered too; the
+            others stay as they are. A layer in several places goes by the first one's name.
+        **options: keyword-only arguments of the family's class (for ``"ema"`` ``debias`` and
+            ``pooled``, for ``"moving_average"`` ``window`` and others), by default its
+            defaults; ``momentum``, by default each layer's own (small batches under
+            ``"moving_average"`` want 0.02); ``center=False`` for ``"moving_average"`` leaves
+            convolutions and linear layers as they are.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidValueError: an unknown family, a value that the family's class refuses.
+        InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
+            not yet materialized; a layer whose class has methods of its own, which the
+            conversion would drop (timm's ``BatchNormAct2d`` activates in its forward). The
+            message has the layer's name; the model is as before.
+
+    Warns:
+        BnstatsWarning: there is nothing to convert; a SyncBatchNorm that does synchronize
+            becomes a layer that does not; a layer with a mean becomes one without.
+
+    Note:
+        The author of a subclass can say what it becomes: a class method
+        ``__bnstats_class__(to)`` returns the class for the family ``to``, or for ``"plain"`` on
+        the way back, or None for none. The class returned derives from the family's
+        (from torch's for ``"plain"``). Its constructor is not called: the layer keeps its
+        attributes and gets those of the family beside them::
+
+            class ActivatedBatchNorm2d(nn.BatchNorm2d):
+                def forward(self, x):
+                    return super().forward(x).relu()
+
+                @classmethod
+                def __bnstats_class__(cls, to):
+                    return {"ema": ActivatedEMA2d, "plain": ActivatedBatchNorm2d}.get(to)
+
+            class ActivatedEMA2d(ActivatedBatchNorm2d, bnstats.EMABatchNorm2d):
+                pass
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model = bnstats.convert_batchnorm(model, "ema", pooled=False)
+        >>> type(model[1]).__name__, model[1].debias, model[1].pooled
+        ('EMABatchNorm1d', True, False)
+    """
+    _check_target(to)
+    center = _take_center(to, options)
+    check_options(to, options)
+    layers = _chosen_batchnorms(model, include)
+    changes: list[Change | Recentering] = [
+        plan(name, layer, to, options) for name, layer in layers.items()
+    ]
+    if center and layers:
+        changes += plan_centering(model, include, layers.values())
+    _warn(model, layers, to, include)
+    for change in changes:
+        change.apply()
+    return model
+
+
+def revert_batchnorm(model: M) -> M:
+    """Make this package's layers plain ``nn.BatchNorm1d/2d/3d`` again, in place.
+
+    The way back from :func:`convert_batchnorm`, and the way out for layers that a model was
+    built with: what knows only torch's own classes (export, TorchScript, quantization, fusion)
+    takes the model then. All that conversion keeps is kept, and the model evaluates to the same
+    bits. Centered layers become plain ones, their weights centered in place.
+
+    A family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, with
+    the process group that it came with. Layers that are not this package's stay as they are.
+    What conversion changed on request is not undone: a ``momentum``, statistics about zero.
+
+    Args:
+        model: any Module.
+
+    Returns:
+        The model.
+
+    Raises:
+        InvalidTypeError: not a Module; a layer whose class has methods of its own and does not
+            say what it becomes. The message has the layer's name; the model is as before.
+        InvalidValueError: a centered layer whose weight is computed (a parametrization, weight
+            norm, pruning), or is also that of a layer that is not centered.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), bnstats.EMABatchNorm1d(3))
+        >>> [type(layer).__name__ for layer in bnstats.revert_batchnorm(model)]
+        ['Linear', 'BatchNorm1d']
+    """
+    changes: list[Change | Recentering] = [
+        plan(name, module, PLAIN, {})
+        for name, module in named_layers(model)
+        if isinstance(module, _BatchNorm) and family_of(module) not in (None, PLAIN)
+    ]
+    for change in [*changes, *plan_folding(model)]:
+        change.apply()
+    return model
+
+
+def _check_target(to: str) -> None:
+    targets = [family for family in FAMILIES if family != PLAIN]
+    if not isinstance(to, str):
+        raise InvalidTypeError(f"to: expected one of {targets}, got {type(to).__name__}")
+    if to not in targets:
+        raise InvalidValueError(
+            f"to: expected one of {targets}, got {to!r}; revert_batchnorm is the way back"
+        )
+
+
+def _take_center(to: str, options: dict[str, Any]) -> bool:
+    """Return whether to center layers too; it is no option of the batch norms."""
+    center = options.pop("center", True) if to == CENTERED else False
+    if not isinstance(center, bool):
+        raise InvalidTypeError(f"center: expected True or False, got {type(center).__name__}")
+    return center
+
+
+def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _BatchNorm]:
+    if include is not None and not callable(include):
+        raise InvalidTypeError(
+            f"include: expected a callable or None, got {type(include).__name__}"
+        )
+    layers: dict[str, _BatchNorm] = {}
+    for name, module in named_layers(model):
+        if isinstance(module, _BatchNorm) and (include is None or include(name, module)):
+            check_materialized(name, module)
+            layers[name] = module
+    return layers
+
+
+def _warn(
+    model: nn.Module, layers: dict[str, _BatchNorm], to: str, include: Include | None
+) -> None:
+    """Warn of what is seldom wanted, before anything changes."""
+    if not layers:
+        chosen = "" if include is None else " that include chooses"
+        _say(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")
+    unsynchronized = [
+        name
+        for name, layer in layers.items()
+        if isinstance(layer, nn.SyncBatchNorm) and _several_processes()
+    ]
+    if unsynchronized:
+        _say(
+            "these layers normalized by the batch of all processes, and will by each process's "
+            f"own: {_list(unsynchronized)}"
+        )
+    with_mean = [
+        name
+        for name, layer in layers.items()
+        if to == CENTERED
+        and layer.running_mean is not None
+        and layer.running_var is not None
+        and far_from_zero(layer.running_mean, layer.running_var, layer.eps)
+    ]
+    if with_mean:
+        _say(
+            f"the model will evaluate differently: {to!r} has no mean, and these layers have one "
+            "that is not near zero; they go on from running_var + running_mean^2, to be trained "
+            f"further: {_list(with_mean)}"
+        )
+
+
+def _say(message: str) -> None:
+    # The level of who called convert_batchnorm, which called _warn, which called this.
+    warnings.warn(message, BnstatsWarning, stacklevel=4)
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
