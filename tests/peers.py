@@ -135,7 +135,7 @@ def bad_batches_are_everybodys(method):
     return scenario
 
 
-def all_without_a_batch_is_an_error_on_all(rank, world):  # noqa: ARG001
+def all_without_a_batch_is_an_error_on_all(rank, world):
     for method in METHODS:
         raises(
             InvalidValueError,
@@ -144,7 +144,7 @@ def all_without_a_batch_is_an_error_on_all(rank, world):  # noqa: ARG001
         )
 
 
-def ddp_and_its_sampler(rank, world):  # noqa: ARG001
+def ddp_and_its_sampler(rank, world):
     x = torch.randn(37, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     data = TensorDataset(x, torch.zeros(37))
     loader = DataLoader(data, 5, sampler=DistributedSampler(data, shuffle=False))
@@ -158,7 +158,7 @@ def ddp_and_its_sampler(rank, world):  # noqa: ARG001
     return states
 
 
-def without_sync_each_has_its_own(rank, world):  # noqa: ARG001
+def without_sync_each_has_its_own(rank, world):
     x = torch.full((4, 3), float(rank)) + torch.eye(4, 3)
     stats = bnstats.measure_population_stats(nn.BatchNorm1d(3), [x], sync=False)[""]
     assert torch.equal(stats.mean, x.double().mean(0))
