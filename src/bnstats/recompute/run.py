@@ -68,8 +68,8 @@ def recompute_population_stats(
       through the model together, each in a thread that is held at every layer until the layer
       has seen them all. It computes one forward of the data and holds the activations of all
       its batches: about the largest layer's input, and what skips over it, times the number of
-      batches. The forward must not keep anything on the model from one layer to the next, as
-      other batches run in between. A layer that only some batches reach is completed with
+      batches. The forward must not keep anything on the model from one layer to the next, nor
+      hold a lock, as other batches run in between. A layer that only some batches reach is completed with
       those, once no batch can go on otherwise.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as there is nothing more to be seen: at most about
