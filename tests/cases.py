@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import nn
 
@@ -48,3 +49,21 @@ def batches(shape, count=5, scale=2.0, shift=0.5, dtype=torch.float32):
     return [
         (torch.randn(shape) * (1 + scale * i / count) + shift * i).to(dtype) for i in range(count)
     ]
+
+
+each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+normalizing_as_torch = pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.batch_statistics], ids=lambda f: f.name
+)
+
+
+def state(layer):
+    """A copy of what a layer would save."""
+    return {key: value.clone() for key, value in layer.state_dict().items()}
+
+
+def assert_state(layer, expected):
+    """The layer would save these very bits."""
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, expected[key]), key

@@ -8,27 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 import cases
-from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.private import in_backward_pass
-
-each_family = pytest.mark.parametrize("family", cases.FAMILIES, ids=lambda f: f.name)
-each_shape = pytest.mark.parametrize("shape", cases.SHAPES.values(), ids=cases.SHAPES.keys())
-normalizing_as_torch = pytest.mark.parametrize(
-    "family", [f for f in cases.FAMILIES if f.batch_statistics], ids=lambda f: f.name
-)
-
-
-def state(layer):
-    return {key: value.clone() for key, value in layer.state_dict().items()}
-
-
-def assert_state(layer, expected):
-    for key, value in layer.state_dict().items():
-        assert torch.equal(value, expected[key]), key
+from cases import assert_state, each_family, each_shape, normalizing_as_torch, state
 
 
 def forward_backward(layer, x, grad):
@@ -313,88 +297,6 @@ def test_frozen_statistics_do_not_move(family):
     model(torch.randn(8, 3)).sum().backward()
     assert_state(model[1], before)
     assert model[1].weight.grad is not None
-
-
-@normalizing_as_torch
-def test_torchs_own_recalibration_works(family):
-    model = nn.Sequential(nn.Linear(3, 3), family.make(1))
-    data = [x @ torch.randn(3, 3) for x in cases.batches((8, 3))]
-    update_bn(data, model)
-    with torch.no_grad():
-        means = torch.stack([model[0](x).mean(0) for x in data])
-    torch.testing.assert_close(model[1].running_mean, means.mean(0))
-    assert model[1].momentum == family.make(1).momentum
-
-
-@normalizing_as_torch
-def test_fvcores_recalibration_works(family):
-    precise_bn = pytest.importorskip("fvcore.nn.precise_bn")
-    model = nn.Sequential(nn.Linear(3, 3), family.make(1)).train()
-    data = cases.batches((8, 3))
-    precise_bn.update_bn_stats(model, data, num_iters=len(data))
-    with torch.no_grad():
-        together = torch.cat([model[0](x) for x in data])
-    torch.testing.assert_close(model[1].running_mean, together.mean(0))
-    torch.testing.assert_close(model[1].running_var, together.var(0, correction=0))
-    assert model[1].momentum == family.make(1).momentum
-
-
-@normalizing_as_torch
-def test_a_momentum_of_one_means_this_batch_alone(family):
-    layer = family.make(1, momentum=1.0)
-    for x in cases.batches((8, 3)):
-        layer(x)
-    torch.testing.assert_close(layer.running_mean, x.mean(0))
-    torch.testing.assert_close(layer.running_var, x.var(0))
-
-
-@normalizing_as_torch
-def test_without_tracking_it_is_torchs_layer(family):
-    layer, plain = (
-        family.make(1, track_running_stats=False),
-        nn.BatchNorm1d(3, track_running_stats=False),
-    )
-    assert layer.state_dict().keys() == plain.state_dict().keys()
-    x = torch.randn(8, 3)
-    assert torch.equal(layer(x), plain(x))
-    assert torch.equal(layer.eval()(x), plain.eval()(x))
-
-
-@each_family
-@pytest.mark.parametrize(
-    ("arguments", "error", "says"),
-    [
-        ({"num_features": 0}, InvalidValueError, "num_features: expected 1 or more, got 0"),
-        ({"num_features": 2.5}, InvalidTypeError, "num_features: expected an int, got float"),
-        ({"num_features": "3"}, InvalidTypeError, "num_features: expected an int, got str"),
-        ({"momentum": 1.5}, InvalidValueError, r"momentum: expected a number in \[0, 1\].*1.5"),
-        ({"momentum": -0.1}, InvalidValueError, "momentum"),
-        ({"momentum": float("nan")}, InvalidValueError, "momentum"),
-        ({"momentum": "0.1"}, InvalidTypeError, "momentum: expected a number, got str"),
-        ({"eps": 0}, InvalidValueError, "eps: expected a positive number, got 0"),
-        ({"eps": -1e-5}, InvalidValueError, "eps"),
-        ({"eps": None}, InvalidTypeError, "eps: expected a number, got NoneType"),
-    ],
-)
-def test_wrong_arguments_are_named(family, arguments, error, says):
-    with pytest.raises(error, match=f"{family.base.__name__}.*{says}"):
-        family.base(**{"num_features": 3, **arguments})
-
-
-@each_family
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("dims", "size"),
-    [(1, (4, 3, 5, 5)), (2, (4, 3)), (2, (4, 2, 5, 5)), (3, (4, 3, 5, 5)), (1, (3,))],
-)
-def test_an_input_of_the_wrong_shape_is_named_and_changes_nothing(family, training, dims, size):
-    layer = family.make(dims).train(training)
-    before = state(layer)
-    with pytest.raises(
-        InvalidValueError, match=rf"expected a .*{dims + 2}d.*got shape \({size[0]}"
-    ):
-        layer(torch.randn(size))
-    assert_state(layer, before)
 
 
 @each_family

@@ -1,0 +1,59 @@
+"""What a recalibration refuses, and what it says."""
+
+import pytest
+import torch
+from torch import nn
+
+import bnstats
+from bnstats.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    TooFewValuesError,
+)
+from networks import assert_untouched, snapshot
+
+
+def test_too_few_values_for_a_variance_are_an_error_that_names_the_layer():
+    model, x = nn.Sequential(nn.BatchNorm1d(3)), torch.randn(1, 3)
+    before = snapshot(model)
+    with pytest.raises(TooFewValuesError, match="layer '0' saw 1 value"):
+        bnstats.recompute_population_stats(model, [x])
+    with pytest.raises(TooFewValuesError, match="layer '0' saw 1 value per channel in batch 1"):
+        bnstats.recompute_population_stats(model, [torch.randn(4, 3), x], method="batch_average")
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"model": print}, InvalidTypeError, "expected a torch.nn.Module, got builtin_function"),
+        ({"loader": 5}, InvalidTypeError, "expected an iterable of batches.*got int"),
+        ({"loader": torch.randn(4, 3)}, InvalidTypeError, r"got Tensor.*\[batch\]"),
+        ({"loader": {"x": torch.randn(4, 3)}}, InvalidTypeError, "got dict"),
+        ({"loader": []}, InvalidValueError, "expected at least one batch, got none"),
+        ({"loader": iter(())}, InvalidValueError, "an iterator that was read before"),
+        ({"loader": [[]]}, InvalidValueError, "empty sequence"),
+        ({"loader": [object()]}, InvalidTypeError, "got object; pass forward="),
+        ({"method": "mean"}, InvalidValueError, "expected one of pooled.*got 'mean'"),
+        ({"max_batches": 0}, InvalidValueError, "max_batches: expected 1 or more, got 0"),
+        ({"max_batches": 2.0}, InvalidTypeError, "max_batches: expected an int"),
+        ({"correction": 2}, InvalidValueError, "correction: expected 1"),
+        ({"on_nonfinite": "ignore"}, InvalidValueError, '"raise" or "skip", got \'ignore\''),
+        ({"include": "bn1"}, InvalidTypeError, "include: expected a callable or None, got str"),
+        ({"forward": 3}, InvalidTypeError, "forward: expected a callable or None, got int"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d())},
+            InvalidTypeError,
+            r"layer '1' \(LazyBatchNorm1d\) is lazy",
+        ),
+    ],
+)
+def test_misuse_says_what_was_expected_and_what_came(arguments, error, says):
+    arguments = {"model": nn.BatchNorm1d(3), "loader": [torch.randn(4, 3)], **arguments}
+    for function in (bnstats.recompute_population_stats, bnstats.measure_population_stats):
+        with pytest.raises(error, match=says):
+            function(
+                arguments["model"],
+                arguments["loader"],
+                **{k: v for k, v in arguments.items() if k not in ("model", "loader")},
+            )

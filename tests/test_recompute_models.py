@@ -1,0 +1,217 @@
+"""Batches of many forms, and every model that has batch norm."""
+
+from collections import UserDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, TensorDataset
+
+import bnstats
+import cases
+from bnstats.errors import (
+    BnstatsWarning,
+)
+from networks import network, trained, uneven
+
+Pair = namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x))),
+        lambda x: [x, None],
+        lambda x: Pair(x, 0),
+        lambda x: ((x, 1), 2),
+        lambda x: {"input": x},
+        lambda x: UserDict(input=x),
+        lambda x: [{"input": x}, "labels"],
+    ],
+    ids=["tensor", "tuple", "list", "namedtuple", "nested", "dict", "mapping", "dict in list"],
+)
+def test_batches_come_in_many_forms(wrap):
+    x = torch.randn(20, 3)
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    stats = bnstats.measure_population_stats(model, [wrap(part) for part in x.split(5)])
+    torch.testing.assert_close(stats["0"].mean, x.double().mean(0))
+
+
+def test_forward_serves_every_other_batch_and_autocast():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.randn(20, 3)
+    seen = []
+
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            seen.append(model(batch.payload).dtype)
+
+    class Batch:
+        payload = x
+
+    stats = bnstats.measure_population_stats(model, [Batch()], forward=forward)
+    assert seen == [torch.bfloat16]
+    assert stats["1"].count == 20
+
+
+def test_a_dataloader_serves():
+    x = torch.randn(21, 3)
+    loader = DataLoader(TensorDataset(x, torch.zeros(21)), batch_size=4)
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(3), loader)
+    assert (stats[""].count, stats[""].num_batches) == (21, 6)
+    torch.testing.assert_close(stats[""].var, x.double().var(0))
+
+
+def test_batches_of_one_value_per_channel_do_not_raise():
+    # https://github.com/pytorch/pytorch/issues/1381
+    x = torch.randn(9, 3)
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(3), x.split(1))
+    torch.testing.assert_close(stats[""].var, x.double().var(0))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        DataParallel,
+        AveragedModel,
+        lambda m: torch.compile(DataParallel(m), backend="eager"),
+    ],
+    ids=["compile", "DataParallel", "AveragedModel", "both"],
+)
+def test_wrappers_are_seen_through(wrap):
+    model = trained()
+    wrapped = wrap(model)
+    inner = wrapped.module if isinstance(wrapped, AveragedModel) else model
+    result = bnstats.recompute_population_stats(wrapped, uneven())
+    assert [*result.after] == ["1", "5", "8"]
+    result.after.apply_to(network())
+    assert torch.equal(inner[1].running_mean, result.after["1"].mean.float())
+
+
+def test_distributed_data_parallel_is_seen_through(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        model = trained()
+        result = bnstats.recompute_population_stats(DistributedDataParallel(model), uneven())
+        assert [*result.after] == ["1", "5", "8"]
+        assert torch.equal(model[8].running_var, result.after["8"].var.float())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_compiled_parts_inside_are_seen_through_and_still_observed():
+    # Compiled code does not notice hooks that are added later.
+    model = nn.Sequential(torch.compile(network()[:2], backend="eager"), nn.ReLU())
+    x = torch.randn(4, 2, 8, 8)
+    model(x)
+    model[1].compile(backend="eager")
+    stats = bnstats.measure_population_stats(model, [x])
+    assert [*stats] == ["0.1"]
+    assert stats["0.1"].count == 4 * 36
+    model(x)
+
+
+def test_sync_batchnorm_on_cpu_serves():
+    x = torch.randn(20, 3, 4)
+    stats = bnstats.measure_population_stats(nn.SyncBatchNorm(3), x.split(5))
+    torch.testing.assert_close(stats[""].mean, x.double().mean((0, 2)), rtol=1e-6, atol=1e-7)
+
+
+def test_a_subclass_with_a_forward_of_its_own_serves():
+    class BatchNormRelu(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    x = torch.randn(8, 3, 4, 4)
+    stats = bnstats.measure_population_stats(nn.Sequential(BatchNormRelu(3), BatchNormRelu(3)), [x])
+    assert (stats["1"].mean > 0.2).all()
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES, ids=lambda f: f.name)
+def test_our_layers_serve_and_their_counters_stay(family):
+    model = nn.Sequential(family.make(1))
+    x = torch.randn(40, 3) + 1
+    model(x)
+    counters = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k}
+    result = bnstats.recompute_population_stats(model, x.split(10))
+    assert torch.equal(model[0].running_var, result.after["0"].var.float())
+    for key, value in counters.items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_a_layer_that_keeps_its_statistics_about_zero_says_so_itself():
+    class AboutZero(nn.BatchNorm1d):
+        def statistics_about_zero(self):
+            return True
+
+    x = torch.randn(40, 3) + 2
+    model = nn.Sequential(AboutZero(3))
+    bnstats.recompute_population_stats(model, x.split(10))
+    assert (model[0].running_mean == 0).all()
+    torch.testing.assert_close(model[0].running_var, x.square().mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_measured_wide_and_keep_their_dtype(dtype):
+    model = nn.Sequential(nn.BatchNorm1d(3)).to(dtype)
+    x = (torch.randn(200, 3) + 4).to(dtype)
+    result = bnstats.recompute_population_stats(model, x.split(50))
+    assert model[0].running_mean.dtype == dtype
+    torch.testing.assert_close(result.after["0"].var, x.double().var(0), rtol=1e-6, atol=0)
+
+
+def test_layers_without_running_statistics_are_no_concern():
+    model = nn.Sequential(
+        nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3), nn.BatchNorm1d(3)
+    )
+    with torch.no_grad():
+        assert [*bnstats.measure_population_stats(model, [torch.randn(4, 3, 5)])] == ["2"]
+
+
+def test_shared_layers_are_one_layer():
+    layer = nn.BatchNorm1d(3)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    stats = bnstats.measure_population_stats(model, [torch.randn(8, 3)])
+    assert {name: s.count for name, s in stats.items()} == {"0": 16}
+
+
+def test_no_batchnorm_is_a_warning_and_an_empty_result():
+    with pytest.warns(BnstatsWarning, match="Linear has no BatchNorm layer"):
+        result = bnstats.recompute_population_stats(nn.Linear(2, 2), [torch.randn(3, 2)])
+    assert len(result.after) == 0
+    assert "0 BatchNorm layers" in str(result)
+    result.undo()
+    with pytest.warns(BnstatsWarning, match="that include chooses"):
+        bnstats.measure_population_stats(network(), uneven(), include=lambda *_: False)
+
+
+def test_batches_move_to_the_models_device_at_any_depth(cuda):
+    model, x = nn.Sequential(nn.BatchNorm1d(3)).to(cuda), torch.randn(20, 3)
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch["a"][0].device.type)
+        model(batch["a"][0])
+
+    stats = bnstats.measure_population_stats(model, [{"a": (x,)}], forward=forward)
+    assert seen == ["cuda"]
+    assert stats["0"].mean.device.type == "cpu"
+    torch.testing.assert_close(stats["0"].var, x.double().var(0), rtol=1e-5, atol=0)
+
+
+def test_a_device_may_be_named():
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch.device.type)
+        model(torch.randn(4, 3))
+
+    bnstats.measure_population_stats(
+        nn.BatchNorm1d(3), [torch.randn(4, 3)], device="meta", forward=forward
+    )
+    assert seen == ["meta"]

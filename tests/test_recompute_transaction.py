@@ -1,0 +1,136 @@
+"""A recalibration is a transaction, whatever happens."""
+
+import pytest
+import torch
+from torch import nn
+
+import bnstats
+from bnstats.errors import (
+    NonFiniteStatisticsError,
+)
+from networks import METHODS, assert_untouched, snapshot, trained, uneven
+
+
+def test_measuring_writes_nothing():
+    model = trained()
+    before = snapshot(model)
+    bnstats.measure_population_stats(model, uneven())
+    assert_untouched(model, before)
+
+
+def test_only_running_mean_and_var_change_and_in_place():
+    model = trained()
+    tensors, *rest = snapshot(model)
+    bnstats.recompute_population_stats(model, uneven())
+    after, *rest_after = snapshot(model)
+    assert rest_after == rest
+    for key, (identity, value) in after.items():
+        assert identity == tensors[key][0]
+        changed = key.endswith(("running_mean", "running_var"))
+        assert torch.equal(value, tensors[key][1]) != changed, key
+
+
+def test_undo_puts_everything_back_bit_for_bit():
+    model = trained()
+    before = snapshot(model)
+    bnstats.recompute_population_stats(model, uneven()).undo()
+    assert_untouched(model, before)
+
+
+class Failing(nn.Module):
+    def __init__(self, error, batch):
+        super().__init__()
+        self.error, self.batch, self.calls = error, batch, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > self.batch:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("where", ["loader", "model", "forward", "last layer"])
+def test_whatever_is_raised_leaves_the_model_as_it_was(error, where):
+    # torch's update_bn leaves reset statistics and momentum None behind.
+    model, data = trained(), uneven()
+    if where == "model":
+        model.insert(4, Failing(error, 2))
+    if where == "last layer":
+        model.append(Failing(error, 0))
+    for i, module in enumerate(model):
+        module.train(i % 2 == 0)
+    before = snapshot(model)
+
+    def loader():
+        yield from data[:2]
+        raise error
+
+    def forward(model, batch):
+        model(batch)
+        raise error
+
+    with pytest.raises(type(error)):
+        bnstats.recompute_population_stats(
+            model,
+            loader() if where == "loader" else data,
+            forward=forward if where == "forward" else None,
+        )
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_batch_raises_with_its_index_and_layers_and_touches_nothing(value, method):
+    model, data = trained(), uneven()
+    data[2][0, 0, 0, 0] = value
+    before = snapshot(model)
+    with pytest.raises(NonFiniteStatisticsError, match=r"batch 2 .*3 layers, the first '1'.*'8'"):
+        bnstats.recompute_population_stats(model, data, method=method)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_batch_skipped_counts_for_no_layer(method):
+    model, data = trained(), uneven()
+    good = bnstats.measure_population_stats(model, data, method=method)
+    bad = torch.full_like(data[0], float("nan"))
+    result = bnstats.recompute_population_stats(
+        model, [data[0], bad, *data[1:], bad], method=method, on_nonfinite="skip"
+    )
+    assert result.after.num_skipped == 2
+    assert "2 batches with non-finite statistics skipped" in str(result)
+    for name in good:
+        assert torch.equal(result.after[name].mean, good[name].mean)
+        assert torch.equal(result.after[name].var, good[name].var)
+        assert result.after[name].count == good[name].count
+
+
+def test_nothing_but_bad_batches_is_an_error_even_when_skipped():
+    with pytest.raises(NonFiniteStatisticsError, match="all 2 batches"):
+        bnstats.measure_population_stats(
+            nn.BatchNorm1d(2), [torch.full((4, 2), torch.nan)] * 2, on_nonfinite="skip"
+        )
+
+
+def test_dropout_is_off_and_gradients_are_not_kept():
+    flags = []
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            flags.append((self.training, torch.is_grad_enabled(), x.requires_grad))
+            return x
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5), Probe(), nn.BatchNorm1d(2)).train()
+    bnstats.recompute_population_stats(model, [torch.randn(8, 2)])
+    assert flags == [(False, False, False)]
+    assert all(module.training for module in model.modules())
+
+
+def test_each_modules_own_training_flag_comes_back():
+    model = trained()
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 == 0
+    flags = [module.training for module in model.modules()]
+    bnstats.recompute_population_stats(model, uneven())
+    assert [module.training for module in model.modules()] == flags
