@@ -21,7 +21,7 @@ from bnstats.errors import (
     RepeatedLayerError,
     TooFewValuesError,
 )
-from test_recompute import assert_untouched, network, snapshot, trained, uneven
+from networks import assert_untouched, network, snapshot, trained, uneven
 
 
 @pytest.fixture(autouse=True)

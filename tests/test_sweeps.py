@@ -15,8 +15,8 @@ from bnstats.errors import (
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
+from networks import assert_untouched, snapshot, trained, uneven
 from test_layerwise import Branching, assert_fixed_point, signed
-from test_recompute import assert_untouched, snapshot, trained, uneven
 
 
 def measure(model, data, **options):
