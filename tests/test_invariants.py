@@ -63,6 +63,17 @@ def normalized_outputs(model, data):
     return moments
 
 
+@pytest.fixture
+def _one_thread():
+    # Layerwise runs each batch on one thread; with more, torch chooses other convolution
+    # kernels, and what they round differently (1.1e-5 in the worst channel) is no residual.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.filterwarnings("ignore:no batch reached:bnstats.BnstatsWarning")
 @pytest.mark.parametrize(("name", "pixels", "unreached"), ARCHITECTURES)
 def test_layerwise_and_sweeps_find_the_fixed_point_and_the_same(name, pixels, unreached):
