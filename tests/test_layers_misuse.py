@@ -1,5 +1,6 @@
 """What the layers refuse, and what they say."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,12 @@ from cases import assert_state, each_family, state
 def test_wrong_arguments_are_named(family, arguments, error, says):
     with pytest.raises(error, match=f"{family.base.__name__}.*{says}"):
         family.base(**{"num_features": 3, **arguments})
+
+
+@each_family
+def test_numpys_numbers_are_numbers(family):
+    layer = family.base(np.int64(3), eps=np.float32(1e-3), momentum=np.float64(0.5))
+    assert layer(torch.randn(4, 3)).shape == (4, 3)
 
 
 @each_family

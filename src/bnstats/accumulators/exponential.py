@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
 from bnstats.moments import Number, Weights
 
 
@@ -21,8 +25,11 @@ def exponential(
         pooled: count the variance between the state's mean and the batch's.
     """
     weight: Number = momentum
-    if debias and momentum > 0:
-        weight = momentum / (1 - (1 - momentum) ** num_batches)
+    if debias and 0 < momentum < 1:
+        # 1 - (1 - momentum)^t, without its cancellation for a small momentum.
+        exponent = math.log1p(-momentum) * num_batches
+        seen = exponent.expm1() if isinstance(exponent, Tensor) else math.expm1(exponent)
+        weight = -momentum / seen
     return averaging(weight, pooled=pooled)
 
 

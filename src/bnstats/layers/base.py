@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Number, Weights, fold, fold_
 from bnstats.private import in_backward_pass
+from bnstats.reduction import wide_dtype
 
 
 class RunningStatsBatchNorm(_BatchNorm):
@@ -124,7 +126,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         else:
             # The host must not wait for the device: the choice is made there.
             finite = largest.isfinite()
-            weights = self._weights(batch_values, lambda counter: counter)
+            weights = self._weights(batch_values, _wide)
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
             counted = finite.long()
@@ -133,9 +135,14 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._count(batch_values, counted)
 
 
+def _wide(counter: Tensor) -> Tensor:
+    """Return a counter from which weights can be computed without rounding to half or float."""
+    return counter.to(wide_dtype(counter.device))
+
+
 def check_count(name: str, argument: str, value: Any, least: int) -> None:
     """Refuse an argument that is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
     if value < least:
         raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
@@ -143,7 +150,7 @@ def check_count(name: str, argument: str, value: Any, least: int) -> None:
 
 def check_number(name: str, argument: str, value: Any) -> None:
     """Refuse an argument that is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
