@@ -63,6 +63,26 @@ def test_a_checkpoint_without_a_counter_is_not_thrown_away_by_the_first_batch():
     torch.testing.assert_close(layer.running_mean, torch.full((3,), 4.5), atol=0.1, rtol=0)
 
 
+def test_nor_is_one_whose_counter_torch_saved_as_zero():
+    plain = nn.BatchNorm2d(3)
+    plain.running_mean.fill_(5.0)
+    layer = EMABatchNorm2d(3, momentum=0.1, pooled=False)
+    layer.load_state_dict(plain.state_dict())
+    layer(torch.randn(8, 3, 4, 4))
+    torch.testing.assert_close(layer.running_mean, torch.full((3,), 4.5), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("momentum", [1e-17, 1e-8, 3e-4, 0.1, 1.0])
+def test_debiasing_loses_no_digits_to_a_small_momentum(momentum):
+    x = torch.randn(64, 4) + 10
+    for compiled in (False, True):
+        layer = EMABatchNorm1d(4, momentum=momentum)
+        run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+        run(x)
+        torch.testing.assert_close(layer.running_mean, x.mean(0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(layer.running_var, x.var(0), rtol=1e-5, atol=0)
+
+
 @each_shape
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_cumulative_is_the_statistics_of_all_values_uneven_batches_included(shape, dtype, rtol):

@@ -53,9 +53,9 @@ class EMABatchNorm(RunningStatsBatchNorm):
 
     Note:
         ``num_batches_tracked`` is the t above. A checkpoint from before torch 0.4.1 has none
-        (torchvision's first ImageNet weights are such); its averages are taken to have long
-        forgotten their start. So are those of a layer that is converted, where they are not
-        the initial ones and no batch is counted.
+        (torchvision's first ImageNet weights are such), or one of 0 if torch saved it again.
+        Averages that are loaded or converted so, and are not the initial ones, are taken to
+        have long forgotten their start.
 
     Example:
         >>> import torch
@@ -98,11 +98,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        counter = prefix + "num_batches_tracked"
-        uncounted = counter not in state_dict and prefix + "running_mean" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if uncounted:
-            self._forget_start()
+        self.adopt_statistics()
 
     def adopt_statistics(self) -> None:
         """Keep statistics that no batch was counted for; a debiased average would drop them.
@@ -113,14 +110,9 @@ class EMABatchNorm(RunningStatsBatchNorm):
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if not self.debias or mean is None or var is None or counter is None or counter.is_meta:
             return
-        if counter == 0 and (mean.any() or (var != 1).any()):
-            self._forget_start()
-
-    def _forget_start(self) -> None:
-        """Count so many batches that the debiased weight equals momentum to float32 rounding."""
-        if self.num_batches_tracked is not None and self.momentum:
-            forgotten = math.ceil(-math.log(torch.finfo(torch.float32).eps) / self.momentum)
-            self.num_batches_tracked.fill_(forgotten)
+        if self.momentum and counter == 0 and (mean.any() or (var != 1).any()):
+            # So many that the debiased weight equals momentum to float32 rounding.
+            counter.fill_(math.ceil(-math.log(torch.finfo(torch.float32).eps) / self.momentum))
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
