@@ -123,6 +123,38 @@ def test_tracing_leaves_no_trace():
     assert [module.training for module in model.modules()] == flags
 
 
+def test_tracing_leaves_a_forward_that_keeps_state_alone():
+    class Keeping(Written):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros(()))
+            self.steps, self.features = 0, []
+
+        def forward(self, x):
+            self.steps += 1
+            self.seen.add_(1)
+            self.center = 0.9 * self.center + 0.1 * x.mean().detach()
+            self.features.append(x)
+            return super().forward(x)
+
+    model = Keeping()
+    buffers = {name: (id(b), b.clone()) for name, b in model.named_buffers()}
+    assert centered(convert(model)) == {"first", "block.0.0"}
+    assert (model.steps, model.features) == (0, [])
+    for name in ("center", "seen"):
+        buffer = getattr(model, name)
+        assert (id(buffer), buffer) == buffers[name]
+
+
+def test_a_layer_with_one_weight_to_an_output_is_not_centered_away():
+    model = nn.Sequential(
+        nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Linear(4, 1), nn.Linear(1, 4), nn.BatchNorm1d(4),
+    )  # fmt: skip
+    assert centered(convert(model)) == set()
+
+
 # Statistics
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from bnstats.convert.change import check_writable
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, target_class, with_parametrizations
@@ -54,6 +55,8 @@ def plan_centering(
             continue
         if include is None or include(name, module):
             check_materialized(name, module)
+            if isinstance(module.weight, Tensor) and module.weight[0].numel() == 1:
+                continue  # centered, a single weight is 0
             cls = target_class(f"layer '{name}' ({type(module).__name__})", module, CENTERED)
             changes.append(Recentering(module, cls, fold=False))
     return changes
@@ -116,13 +119,17 @@ def _traced_pairs(
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-            return m in leaves or super().is_leaf_module(m, qualified_name)
+            return model.get_submodule(qualified_name) in leaves or super().is_leaf_module(
+                m, qualified_name
+            )
 
     try:
-        # The model's own code runs, on symbols: it may warn, and draw random numbers.
+        # The model's own code runs, on symbols: it may warn, draw random numbers, and keep what
+        # it sees. It does so on a copy, which shares the parameters alone.
+        shared = {id(parameter): parameter for parameter in model.parameters()}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
-            graph = Tracer().trace(model)
+            graph = Tracer().trace(copy.deepcopy(model, shared))
     except Exception:  # whatever the model's code does when a symbol comes by
         return list(_sequential_pairs(model))
     return [

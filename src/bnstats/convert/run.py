@@ -37,9 +37,10 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     - ``"cumulative"``: ``num_values_tracked`` is 0. The statistics serve evaluation, to the
       same bits, until the first training batch replaces them.
     - ``"moving_average"``: about zero, ``running_var + running_mean^2``, with empty windows.
-      Every convolution becomes its centered twin, and every ``nn.Linear`` whose output goes
-      straight into a converted layer: by the graph that torch.fx traces, or, where it cannot
-      trace the model, as neighbours in an ``nn.Sequential``. A trained model evaluates
+      Every convolution (no transposed one) becomes its centered twin, and every ``nn.Linear``
+      whose output goes straight into a converted layer: by the graph that torch.fx traces, or,
+      where it cannot trace the model, as neighbours in an ``nn.Sequential``. A layer with a
+      single weight to an output stays: centered, it would be 0. A trained model evaluates
       differently then, and is to be trained further.
 
     A layer that is of the family already keeps its state and takes the options: converting
