@@ -118,6 +118,19 @@ def test_checkpointed_forwards_count_once_with_their_gradients(use_reentrant):
         torch.testing.assert_close(a, b)
 
 
+def test_checkpointed_forwards_get_their_own_gradients_in_any_order_of_backwards():
+    model = network(nn.BatchNorm1d(3))
+    data = torch.randn(3, 8, 4).requires_grad_()
+    with bnstats.record_batch_stats(model) as plain:
+        for x in data:
+            loss_of(model(x)).backward()
+    with bnstats.record_batch_stats(model) as checkpointed:
+        losses = [loss_of(checkpoint(model, x, use_reentrant=True)) for x in data]
+        for loss in losses:
+            loss.backward()
+    torch.testing.assert_close(checkpointed["1"].psi, plain["1"].psi)
+
+
 def test_evaluation_is_not_recorded_and_a_missing_backward_is_nan():
     model = network(nn.BatchNorm1d(3))
     x = torch.randn(8, 4)
@@ -177,6 +190,9 @@ def test_layers_are_chosen_by_name_and_the_nearest_is_said():
         bnstats.record_batch_stats(model, ["haed"]).__enter__()
     with pytest.raises(InvalidValueError, match="nearest name is 'head'"):
         record["heads"]
+    assert "heads" not in record
+    with pytest.raises(InvalidValueError, match="at least one name"):
+        bnstats.record_batch_stats(model, []).__enter__()
     with pytest.raises(InvalidTypeError, match=r"use \['head'\]"):
         bnstats.record_batch_stats(model, "head").__enter__()
     with pytest.raises(InvalidValueError, match="Linear has no BatchNorm layers"):

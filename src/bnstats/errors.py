@@ -37,6 +37,12 @@ class PeerError(BnstatsError, RuntimeError):
     """Another process of the group failed, and so this one gives up too."""
 
 
+class UnknownLayerError(InvalidValueError, KeyError):
+    """There is no layer of this name."""
+
+    __str__ = Exception.__str__  # KeyError would quote the message
+
+
 class StatsFileError(BnstatsError, ValueError):
     """A file is not a readable bnstats statistics file."""
 

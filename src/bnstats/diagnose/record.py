@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_and_m2
 from bnstats.traversal import check_materialized, named_layers
@@ -55,7 +55,7 @@ class LayerRecord:
     def __init__(self, name: str) -> None:
         self.name = name
         self.iterations: list[_Iteration] = []
-        self.awaiting: list[_Iteration] = []
+        self.awaiting: list[tuple[Tensor, _Iteration]] = []
 
     def __len__(self) -> int:
         return len(self.iterations)
@@ -92,7 +92,7 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
 
     def __getitem__(self, name: str) -> LayerRecord:
         if name not in self._layers:
-            raise InvalidValueError(_no_such_layer(name, self._layers))
+            raise UnknownLayerError(_no_such_layer(name, self._layers))
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -118,9 +118,9 @@ def record_batch_stats(
     MABN paper. Every training forward of a layer is an iteration. Under activation
     checkpointing a forward counts once.
 
-    It keeps 4 float64 numbers per channel and iteration on the layer's device. In time it costs
-    each layer one more pass over its input in the forward and two in the backward; see
-    benchmarks/results/diagnose.md.
+    It keeps 4 float64 numbers per channel and iteration on the layer's device, and each layer's
+    input until its backward. In time it costs one more pass over the input in the forward and
+    two in the backward; benchmarks/results/diagnose.md has it for a ResNet-18.
 
     Args:
         model: any Module; wrappers are seen through. Parts under torch.compile must have been
@@ -132,7 +132,8 @@ def record_batch_stats(
         gone when it closes, whatever happened.
 
     Raises:
-        InvalidValueError: no BatchNorm layers, or none of a name asked for.
+        InvalidValueError: no BatchNorm layers, or ``layers`` empty.
+        UnknownLayerError: no BatchNorm layer of a name asked for; the nearest is said.
         InvalidTypeError: not a Module, a lazy layer, or ``layers`` a single string.
 
     Example:
@@ -166,7 +167,7 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
         raise InvalidTypeError(f"layers: expected several names, got one: use [{names!r}]")
     found: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
-        if isinstance(module, _BatchNorm) and module not in found.values():
+        if isinstance(module, _BatchNorm):
             check_materialized(name, module)
             found[name] = module
     if not found:
@@ -174,9 +175,11 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
     if names is None:
         return found
     names = list(names)
+    if not names:
+        raise InvalidValueError("layers: expected at least one name, or None for all layers")
     for name in names:
         if name not in found:
-            raise InvalidValueError(_no_such_layer(name, found))
+            raise UnknownLayerError(_no_such_layer(name, found))
     return {name: found[name] for name in names}
 
 
@@ -196,23 +199,27 @@ def _observe(
     x: Tensor = args[0] if args else kwargs["input"]
     if not layer.training or x.numel() == 0:
         return
-    again = in_backward_pass()
-    if not again:
+    if not in_backward_pass():
         row = _Iteration(_normalization(layer, x))
         record.iterations.append(row)
         if not output.requires_grad:
             # A checkpointed forward, whose gradient comes to the one that runs again.
-            record.awaiting.append(row)
+            record.awaiting.append((mean_and_m2(x.detach())[0], row))
             return
     elif output.requires_grad and record.awaiting:
-        # Backward passes meet the forwards in reverse.
-        row = record.awaiting.pop()
+        row = _pop_same(record.awaiting, mean_and_m2(x.detach())[0])
     else:
         return
     weight = None if layer.weight is None else layer.weight.detach()
     # x is saved by the layer for its own backward: it is still what it was by then. The output
     # may have been overwritten by an activation in place.
     output.register_hook(partial(_take_gradient, row, layer.eps, weight, x.detach()))
+
+
+def _pop_same(awaiting: list[tuple[Tensor, _Iteration]], mean: Tensor) -> _Iteration:
+    """Take out the forward with this mean of its input; of several alike, the latest."""
+    distances = torch.stack([(mean - other).norm() for other, _ in awaiting]).flip(0)
+    return awaiting.pop(len(awaiting) - 1 - int(distances.argmin()))[1]
 
 
 def _normalization(layer: _BatchNorm, x: Tensor) -> Normalization:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,6 +67,8 @@ def estimate_running_error(
         raise InvalidTypeError(f"stats: expected PopulationStats, got {type(stats).__name__}")
     if stats.method == "ema":
         raise InvalidValueError('stats: expected method "pooled" or "batch_average", got "ema"')
+    if isinstance(momentum, bool) or not isinstance(momentum, Real):
+        raise InvalidTypeError(f"momentum: expected a number, got {type(momentum).__name__}")
     if not 0 < momentum <= 1:
         raise InvalidValueError(f"momentum: expected a number in (0, 1], got {momentum}")
     if num_batches is not None and num_batches < 1:
