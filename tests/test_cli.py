@@ -55,6 +55,20 @@ def test_a_folder_that_is_not_there_is_said_before_training(tmp_path, capsys):
     assert "convolutional" not in err + out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--epochs", "0"], "--epochs: expected 1 or more, got 0"),
+        (["--seed", str(10**30)], "--seed: expected 0 to"),
+        (["--output", "figure.xyz"], "--output: expected a figure's file name"),
+        (["--output", "figure"], "--output: expected a figure's file name"),
+    ],
+)
+def test_what_the_demo_cannot_do_is_said_before_training(arguments, says, capsys):
+    assert main(["demo", *arguments]) == 1
+    assert says in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["demo", "--seed", "x"]])
 def test_wrong_usage_exits_with_two_and_says_how(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

@@ -28,6 +28,7 @@ from bnstats import (
     record_batch_stats,
 )
 from bnstats.cli.digits import Digits, convolutional_net, evaluate, multilayer_perceptron, train
+from bnstats.errors import InvalidValueError
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--seed", type=int, default=0, help="of data split, weights and batches")
-    parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=10, help="1 or more, default: %(default)s")
     parser.add_argument(
         "--output",
         type=Path,
@@ -52,8 +53,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Train, watch, recalibrate, print, draw."""
     figure_of = _import_figure()
-    if not options.output.parent.is_dir():
-        raise FileNotFoundError(f"--output: there is no folder {options.output.parent}")
+    _check(options)
     digits = Digits.load(options.seed)
     with _one_thread():
         looks = _first_act(digits, options)
@@ -62,6 +62,23 @@ def run(options: argparse.Namespace) -> None:
     _tell_second(trainings, digits)
     figure_of(looks, trainings).savefig(options.output, dpi=150)
     print(f"\nfigure saved to {options.output}")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Say what is wrong before a training has been waited for."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if options.epochs < 1:
+        raise InvalidValueError(f"--epochs: expected 1 or more, got {options.epochs}")
+    if not 0 <= options.seed < 2**32:
+        raise InvalidValueError(f"--seed: expected 0 to 2^32 - 1, got {options.seed}")
+    if not options.output.parent.is_dir():
+        raise FileNotFoundError(f"--output: there is no folder {options.output.parent}")
+    suffix = options.output.suffix.removeprefix(".")
+    if suffix not in FigureCanvasBase.filetypes:
+        raise InvalidValueError(
+            f"--output: expected a figure's file name, .png or .pdf say, got {options.output}"
+        )
 
 
 @contextmanager
