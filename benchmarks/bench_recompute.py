@@ -50,9 +50,9 @@ def main(quick: bool = False) -> None:
     lines = []
     for name in names:
         torch.manual_seed(0)
-        data = [torch.randn(8, 3, 96, 96) for _ in range(2 if quick else 8)]
+        data = [torch.randn(8, 3, 96, 96) for _ in range(2 if quick else 24)]
         timings = compare(
-            contestants(getattr(models, name)(), data), rounds=3 if quick else 15, calls=1
+            contestants(getattr(models, name)(), data), rounds=3 if quick else 9, calls=1
         )
         lines += rows(f"{name}, {len(data)} batches of (8, 3, 96, 96)", timings, BARE)
     write("bench_recompute", lines, quick=quick)

@@ -16,7 +16,7 @@ from torch import Tensor
 _LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
-_LARGEST_SQUARED_MEAN = 4.0
+_LARGEST_SQUARED_MEAN = 16.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
@@ -95,7 +95,7 @@ def _sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, rows, length), per channel; return float64."""
     if rows.stride(-1) == 1:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
-        return norms.double().square_().sum((0, 2))
+        return norms.square_().sum((0, 2), dtype=torch.float64)
     # channels_last: a norm over a strided axis is slow
     return rows.to(_accumulator(rows)).square().sum(-1).sum((0, 2), dtype=torch.float64)
 
