@@ -50,6 +50,14 @@ class LayerRecord:
         var: the biased variance that normalized.
         g: E[dL/dy]; NaN for a forward without a backward.
         psi: E[y dL/dy]; the same.
+
+    Example:
+        >>> import torch, bnstats
+        >>> layer = torch.nn.BatchNorm1d(1)
+        >>> with bnstats.record_batch_stats(layer) as record:
+        ...     layer(torch.tensor([[1.0], [3.0]])).sum().backward()
+        >>> [getattr(record[""], name).item() for name in ("mean", "var", "g", "psi")]
+        [2.0, 1.0, 1.0, 0.0]
     """
 
     def __init__(self, name: str) -> None:
@@ -85,7 +93,16 @@ class LayerRecord:
 
 
 class BatchStatsRecord(Mapping[str, LayerRecord]):
-    """A mapping from layer name to :class:`LayerRecord`, in the order of the model."""
+    """A mapping from layer name to :class:`LayerRecord`, in the order of the model.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1), torch.nn.BatchNorm1d(1))
+        >>> with bnstats.record_batch_stats(model) as record:
+        ...     _ = model(torch.randn(4, 1))
+        >>> record
+        BatchStatsRecord(iterations of {0: 1, 1: 1})
+    """
 
     def __init__(self, layers: Iterable[str]) -> None:
         self._layers = {name: LayerRecord(name) for name in layers}

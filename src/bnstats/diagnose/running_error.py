@@ -18,6 +18,14 @@ class RunningError(NamedTuple):
         mean_stderr: of running_mean, in its own unit, of shape (C,).
         var_stderr: of running_var, the same.
         effective_batches: how many batches the average is worth.
+
+    Example:
+        >>> import torch, bnstats
+        >>> stats = bnstats.measure_population_stats(
+        ...     torch.nn.BatchNorm1d(3), torch.randn(64, 3).split(8)
+        ... )
+        >>> bnstats.estimate_running_error(stats, momentum=0.5)[""].effective_batches
+        3.0
     """
 
     mean_stderr: Tensor

@@ -125,18 +125,39 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
 
 
 class CumulativeBatchNorm1d(CumulativeBatchNorm, nn.BatchNorm1d):
-    """:class:`CumulativeBatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``."""
+    """:class:`CumulativeBatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import CumulativeBatchNorm1d
+        >>> CumulativeBatchNorm1d(3)(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+    """
 
     _input_dims = (2, 3)
 
 
 class CumulativeBatchNorm2d(CumulativeBatchNorm, nn.BatchNorm2d):
-    """:class:`CumulativeBatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``."""
+    """:class:`CumulativeBatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import CumulativeBatchNorm2d
+        >>> CumulativeBatchNorm2d(3)(torch.randn(8, 3, 5, 5)).shape
+        torch.Size([8, 3, 5, 5])
+    """
 
     _input_dims = (4,)
 
 
 class CumulativeBatchNorm3d(CumulativeBatchNorm, nn.BatchNorm3d):
-    """:class:`CumulativeBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
+    """:class:`CumulativeBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import CumulativeBatchNorm3d
+        >>> CumulativeBatchNorm3d(3)(torch.randn(2, 3, 4, 5, 5)).shape
+        torch.Size([2, 3, 4, 5, 5])
+    """
 
     _input_dims = (5,)

@@ -121,18 +121,39 @@ class EMABatchNorm(RunningStatsBatchNorm):
 
 
 class EMABatchNorm1d(EMABatchNorm, nn.BatchNorm1d):
-    """:class:`EMABatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``."""
+    """:class:`EMABatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import EMABatchNorm1d
+        >>> EMABatchNorm1d(3)(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+    """
 
     _input_dims = (2, 3)
 
 
 class EMABatchNorm2d(EMABatchNorm, nn.BatchNorm2d):
-    """:class:`EMABatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``."""
+    """:class:`EMABatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import EMABatchNorm2d
+        >>> EMABatchNorm2d(3)(torch.randn(8, 3, 5, 5)).shape
+        torch.Size([8, 3, 5, 5])
+    """
 
     _input_dims = (4,)
 
 
 class EMABatchNorm3d(EMABatchNorm, nn.BatchNorm3d):
-    """:class:`EMABatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
+    """:class:`EMABatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import EMABatchNorm3d
+        >>> EMABatchNorm3d(3)(torch.randn(2, 3, 4, 5, 5)).shape
+        torch.Size([2, 3, 4, 5, 5])
+    """
 
     _input_dims = (5,)

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 class RunningStats(NamedTuple):
-    """A layer's running mean and variance, each of shape (C,)."""
+    """A layer's running mean and variance, each of shape (C,).
+
+    Example:
+        >>> import torch, bnstats
+        >>> bnstats.RunningStats.of(torch.nn.BatchNorm1d(2)).var.tolist()
+        [1.0, 1.0]
+    """
 
     mean: Tensor
     var: Tensor
@@ -42,6 +48,15 @@ class Drift(NamedTuple):
         var_ratio: running variance over population variance.
         kl: Kullback-Leibler divergence, in nats, of the Gaussian with the running statistics
             from the Gaussian with the population's: ``KL(population || running)``.
+
+    Example:
+        >>> import torch, bnstats
+        >>> layer = torch.nn.BatchNorm1d(1)
+        >>> data = torch.tensor([[3.0], [5.0], [7.0]])
+        >>> stats = bnstats.measure_population_stats(layer, [data])
+        >>> drift = stats.drift_from(layer)[""]
+        >>> drift.mean_shift.item(), drift.var_ratio.item()
+        (-2.5, 0.25)
     """
 
     mean_shift: Tensor
@@ -73,6 +88,16 @@ class Recalibration:
         before: the running statistics that each layer had.
         after: the population statistics that it has now, with their standard errors.
         drift: how far the former were from the latter.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
+        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
+        (0.0, 4.0)
+        >>> result.undo()
+        >>> model[0].running_mean.item()
+        0.0
     """
 
     before: Mapping[str, RunningStats]

@@ -31,6 +31,13 @@ class LayerStats:
             batches; NaN with fewer than two batches.
         var_stderr: the same of ``var``.
         correction: 1 where ``var`` is unbiased, 0 where it is not.
+
+    Example:
+        >>> import torch, bnstats
+        >>> data = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+        >>> stats = bnstats.measure_population_stats(torch.nn.BatchNorm1d(1), data.split(2))[""]
+        >>> stats.count, stats.num_batches, stats.mean.item(), stats.mean_stderr.item()
+        (4, 2, 3.0, 1.5)
     """
 
     count: int
