@@ -106,10 +106,10 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
     Note:
         Several forwards may come before their backwards, in any order: each backward uses the
         var and r of its own forward, and its psi goes into that forward's slot. Several
-        backwards through one forward add up to the backward of the summed losses. Slots that
-        no backward has reached yet do not count in Psi. A batch that is not finite is
-        normalized by itself and changes nothing; a gradient that is not finite leaves the
-        backward window alone.
+        backwards through one forward add up to the backward of the summed losses. A slot
+        without a psi of the last 2 m forwards does not count in Psi. A batch that is not
+        finite is normalized by itself and changes nothing; a gradient that is not finite
+        leaves the backward window alone.
 
         Under activation checkpointing a forward that runs again gets what it got the first
         time, found among the last m forwards by its mean squares; it moves nothing.
