@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
-from bnstats.layers.about_zero import about_zero, far_from_zero
+from bnstats.layers.about_zero import about_zero, check_dtype, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
@@ -96,7 +96,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             [0, 1], a negative warmup, max_ratio below 1, track_running_stats=False, an input
             of the wrong shape; in a backward, a forward to be run again that is more than m
             forwards ago.
-        InvalidTypeError: an argument that is not a number.
+        InvalidTypeError: an argument that is not a number, or an input of the wrong dtype.
 
     Warns:
         BnstatsWarning: a plain checkpoint is loaded whose means are not near zero. The layer
@@ -199,6 +199,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
         wide = self.window_mean_squares.dtype
+        check_dtype(input, wide)  # not left to torch: the state moves before it looks
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
         windows = self._windows()
