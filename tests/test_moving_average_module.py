@@ -44,6 +44,24 @@ class TestModule:
         assert all(v.is_meta for v in layer.state_dict().values())
         assert layer.window_gradients.dtype == torch.float64
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_leaves_the_windows_as_they_are(self, dtype):
+        layer = make(window=2, warmup=0)
+        for _ in range(3):
+            layer(torch.randn(8, 3, 5, 5) * 400)
+        before = state(layer)
+        layer.to(dtype)
+        assert layer.running_var.dtype == dtype
+        for key in WINDOW_KEYS:
+            assert torch.equal(layer.state_dict()[key], before[key]), key
+
+    def test_half_precision_goes_with_a_change_of_device(self):
+        layer = make().to("meta", torch.float16)
+        assert all(v.is_meta for v in layer._windows())
+        layer._apply(lambda t: torch.empty_like(t, device="cpu").half())
+        assert layer.window_mean_squares.device.type == "cpu"
+        assert layer.window_mean_squares.dtype == torch.float32
+
     @pytest.mark.parametrize(
         ("option", "error", "words"),
         [

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
-from bnstats.layers.about_zero import about_zero, check_dtype, far_from_zero
+from bnstats.layers.about_zero import HALF, about_zero, check_dtype, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
@@ -239,11 +239,13 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
                 buffer.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self._windows()
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in _WINDOWS:
+        for name, old, new in zip(_WINDOWS, before, self._windows(), strict=True):
             # Half is too coarse to average in, and a mean square soon overflows it.
-            if getattr(self, name).dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, getattr(self, name).float())
+            if new.dtype in HALF:
+                wide = new.float() if old.is_meta else old.to(new.device, torch.float32)
+                setattr(self, name, wide)
         return module
 
     def _load_from_state_dict(
