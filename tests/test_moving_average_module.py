@@ -166,6 +166,23 @@ class TestLoading:
         expected = plain.running_var + plain.running_mean**2
         torch.testing.assert_close(model[0].running_var, expected)
 
+    @pytest.mark.filterwarnings("ignore::bnstats.BnstatsWarning")
+    def test_a_half_precision_mean_is_squared_in_float32(self):
+        plain = self.plain(mean=300.0).half()
+        layer = make()
+        layer.load_state_dict(plain.state_dict())
+        expected = plain.running_var.float() + plain.running_mean.float() ** 2
+        torch.testing.assert_close(layer.running_var, expected)
+
+    @pytest.mark.filterwarnings("ignore::bnstats.BnstatsWarning")
+    def test_assigned_statistics_keep_the_checkpoints_dtype(self):
+        layer = make()
+        layer.load_state_dict(self.plain(mean=3.0).half().state_dict(), assign=True)
+        dtypes = {v.dtype for v in (layer.weight, layer.running_mean, layer.running_var)}
+        assert dtypes == {torch.float16}
+        assert layer.window_mean_squares.dtype == torch.float32
+        assert layer.eval()(torch.randn(2, 3, 4, 5).half()).isfinite().all()
+
     def test_own_checkpoints_load_without_a_word(self):
         layer, other = train(make(), 30), make()
         with warnings.catch_warnings():

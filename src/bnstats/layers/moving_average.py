@@ -249,22 +249,25 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         return module
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # torch passes a copy of the caller's mapping, and completes it in the same way.
         if prefix + "num_steps_tracked" not in state_dict and prefix + "running_mean" in state_dict:
-            self._complete(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._complete(state_dict, prefix, assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
-    def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _complete(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Make a plain checkpoint one about zero, with empty windows."""
-        for name in _WINDOWS:
-            if name not in self._non_persistent_buffers_set:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong
-        if far_from_zero(mean, var, self.eps):
+        wide = torch.promote_types(var.dtype, torch.float32)
+        for name in _WINDOWS:
+            if name not in self._non_persistent_buffers_set:
+                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+        wide_mean, wide_var = mean.to(wide), var.to(wide)
+        if far_from_zero(wide_mean, wide_var, self.eps):
             warnings.warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "
@@ -274,7 +277,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
                 stacklevel=2,
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
-        state_dict[prefix + "running_var"] = var + mean.square()
+        about = wide_var + wide_mean.square()
+        # What is assigned keeps the checkpoint's dtype; what is copied takes the layer's.
+        state_dict[prefix + "running_var"] = about.to(var.dtype) if assign else about
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
