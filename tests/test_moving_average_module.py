@@ -183,6 +183,13 @@ class TestLoading:
         assert layer.window_mean_squares.dtype == torch.float32
         assert layer.eval()(torch.randn(2, 3, 4, 5).half()).isfinite().all()
 
+    @pytest.mark.parametrize("source", [make, lambda: nn.BatchNorm2d(3)], ids=["own", "plain"])
+    def test_assigned_double_precision_is_that_of_every_window(self, source):
+        layer = make()
+        layer.load_state_dict(source().double().state_dict(), assign=True)
+        assert {v.dtype for v in layer._windows()} == {torch.float64, torch.int64}
+        train(layer, 3, dtype=torch.float64)
+
     def test_own_checkpoints_load_without_a_word(self):
         layer, other = train(make(), 30), make()
         with warnings.catch_warnings():

@@ -256,6 +256,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._complete(state_dict, prefix, assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        scales, loaded = self.window_scales, self.window_mean_squares
+        if (scales.device, scales.dtype) != (loaded.device, loaded.dtype):  # by assign=True
+            self.window_scales = loaded.new_zeros(scales.shape)
 
     def _complete(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Make a plain checkpoint one about zero, with empty windows."""
@@ -265,7 +268,9 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         wide = torch.promote_types(var.dtype, torch.float32)
         for name in _WINDOWS:
             if name not in self._non_persistent_buffers_set:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
+                own = getattr(self, name)
+                dtype = wide if own.is_floating_point() else own.dtype
+                state_dict[prefix + name] = torch.zeros_like(own, dtype=dtype, device=var.device)
         wide_mean, wide_var = mean.to(wide), var.to(wide)
         if far_from_zero(wide_mean, wide_var, self.eps):
             warnings.warn(
