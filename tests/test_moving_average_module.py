@@ -166,6 +166,16 @@ class TestLoading:
         expected = plain.running_var + plain.running_mean**2
         torch.testing.assert_close(model[0].running_var, expected)
 
+    @pytest.mark.parametrize("depth", [0, 1, 3])
+    def test_the_warning_points_at_who_loads(self, depth):
+        model, prefix = make(), ""
+        for _ in range(depth):
+            model, prefix = nn.Sequential(model), prefix + "0."
+        checkpoint = {prefix + k: v for k, v in self.plain(mean=3.0).state_dict().items()}
+        with pytest.warns(bnstats.BnstatsWarning) as warned:
+            model.load_state_dict(checkpoint)
+        assert warned[0].filename == __file__
+
     @pytest.mark.filterwarnings("ignore::bnstats.BnstatsWarning")
     def test_a_half_precision_mean_is_squared_in_float32(self):
         plain = self.plain(mean=300.0).half()

@@ -279,7 +279,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
                 "running_var + running_mean^2 and evaluates differently; train on, with "
                 "centered layers before it, or use another layer",
                 BnstatsWarning,
-                stacklevel=2,
+                stacklevel=5 + prefix.count("."),  # load_state_dict's caller: torch recurses
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
         about = wide_var + wide_mean.square()
