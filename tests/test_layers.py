@@ -99,6 +99,19 @@ def test_a_checkpoint_without_the_layer_is_still_refused(family):
 
 
 @each_family
+@pytest.mark.parametrize("own", [True, False], ids=["own checkpoint", "plain checkpoint"])
+def test_a_layer_on_meta_takes_a_checkpoint_over(family, own):
+    source = family.make(2) if own else nn.BatchNorm2d(3)
+    layer, meta = family.make(2), family.make(2, device="meta")
+    layer.load_state_dict(source.state_dict())
+    meta.load_state_dict(source.state_dict(), assign=True)
+    assert not any(buffer.is_meta for buffer in meta.buffers())
+    for x in cases.batches((4, 3, 5, 5)):
+        assert torch.equal(meta(x), layer(x))
+    assert_state(meta, state(layer))
+
+
+@each_family
 def test_resuming_in_mid_training_goes_on_identically(family):
     data = cases.batches((4, 3, 5, 5), 8)
     straight, first = family.make(2), family.make(2)

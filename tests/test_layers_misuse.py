@@ -49,3 +49,13 @@ def test_an_input_of_the_wrong_shape_is_named_and_changes_nothing(family, traini
     ):
         layer(torch.randn(size))
     assert_state(layer, before)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_an_input_of_the_wrong_dtype_is_refused_and_changes_nothing(family, dtype):
+    layer = family.make(1)
+    before = state(layer)
+    with pytest.raises((RuntimeError, TypeError), match=r"dtype|implemented for|got torch"):
+        layer(torch.ones(4, 3, dtype=dtype))
+    assert_state(layer, before)

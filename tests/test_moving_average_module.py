@@ -44,6 +44,24 @@ class TestModule:
         assert all(v.is_meta for v in layer.state_dict().values())
         assert layer.window_gradients.dtype == torch.float64
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_precision_leaves_the_windows_as_they_are(self, dtype):
+        layer = make(window=2, warmup=0)
+        for _ in range(3):
+            layer(torch.randn(8, 3, 5, 5) * 400)
+        before = state(layer)
+        layer.to(dtype)
+        assert layer.running_var.dtype == dtype
+        for key in WINDOW_KEYS:
+            assert torch.equal(layer.state_dict()[key], before[key]), key
+
+    def test_half_precision_goes_with_a_change_of_device(self):
+        layer = make().to("meta", torch.float16)
+        assert all(v.is_meta for v in layer._windows())
+        layer._apply(lambda t: torch.empty_like(t, device="cpu").half())
+        assert layer.window_mean_squares.device.type == "cpu"
+        assert layer.window_mean_squares.dtype == torch.float32
+
     @pytest.mark.parametrize(
         ("option", "error", "words"),
         [
@@ -147,6 +165,40 @@ class TestLoading:
         assert not model[0].running_mean.any()
         expected = plain.running_var + plain.running_mean**2
         torch.testing.assert_close(model[0].running_var, expected)
+
+    @pytest.mark.parametrize("depth", [0, 1, 3])
+    def test_the_warning_points_at_who_loads(self, depth):
+        model, prefix = make(), ""
+        for _ in range(depth):
+            model, prefix = nn.Sequential(model), prefix + "0."
+        checkpoint = {prefix + k: v for k, v in self.plain(mean=3.0).state_dict().items()}
+        with pytest.warns(bnstats.BnstatsWarning) as warned:
+            model.load_state_dict(checkpoint)
+        assert warned[0].filename == __file__
+
+    @pytest.mark.filterwarnings("ignore::bnstats.BnstatsWarning")
+    def test_a_half_precision_mean_is_squared_in_float32(self):
+        plain = self.plain(mean=300.0).half()
+        layer = make()
+        layer.load_state_dict(plain.state_dict())
+        expected = plain.running_var.float() + plain.running_mean.float() ** 2
+        torch.testing.assert_close(layer.running_var, expected)
+
+    @pytest.mark.filterwarnings("ignore::bnstats.BnstatsWarning")
+    def test_assigned_statistics_keep_the_checkpoints_dtype(self):
+        layer = make()
+        layer.load_state_dict(self.plain(mean=3.0).half().state_dict(), assign=True)
+        dtypes = {v.dtype for v in (layer.weight, layer.running_mean, layer.running_var)}
+        assert dtypes == {torch.float16}
+        assert layer.window_mean_squares.dtype == torch.float32
+        assert layer.eval()(torch.randn(2, 3, 4, 5).half()).isfinite().all()
+
+    @pytest.mark.parametrize("source", [make, lambda: nn.BatchNorm2d(3)], ids=["own", "plain"])
+    def test_assigned_double_precision_is_that_of_every_window(self, source):
+        layer = make()
+        layer.load_state_dict(source().double().state_dict(), assign=True)
+        assert {v.dtype for v in layer._windows()} == {torch.float64, torch.int64}
+        train(layer, 3, dtype=torch.float64)
 
     def test_own_checkpoints_load_without_a_word(self):
         layer, other = train(make(), 30), make()

@@ -59,6 +59,16 @@ class TestAccumulation:
         expected = (1 - z * mean) / (layer.window_mean_squares.mean(0) + 1e-5).sqrt().view(-1, 1, 1)
         torch.testing.assert_close(x.grad, expected)
 
+    def test_a_psi_two_turns_of_the_ring_old_does_not_count(self):
+        layer = train(make(warmup=0), 9)
+        layer.window_gradients.fill_(1e6)
+        with torch.no_grad():
+            for _ in range(2 * layer.window):
+                layer(torch.randn(2, 3, 4, 5))
+        x = torch.randn(2, 3, 4, 5, requires_grad=True)
+        layer(x).square().sum().backward()
+        assert x.grad.abs().max() < 100
+
     def test_a_backward_a_turn_of_the_ring_late_changes_no_window(self):
         layer = make()
         late = layer(torch.randn(2, 3, 4, 5)).sum()

@@ -59,6 +59,24 @@ def test_add_is_the_mean_of_the_last_values_once_warm(kind, length, count, warmu
 
 
 @kinds
+@given(
+    length=st.integers(1, 6),
+    gaps=st.lists(st.integers(1, 8), min_size=1, max_size=20),
+    warmup=st.integers(0, 12),
+)
+@settings(max_examples=40, deadline=None)
+def test_add_forgets_a_value_after_two_turns(kind, length, gaps, warmup):
+    ring, owners = rings(length)
+    added = {}
+    for t, value in zip(np.cumsum(gaps).tolist(), values(len(gaps)), strict=True):
+        result = window.add(ring, owners, step_as(kind, t), value, warmup)
+        added[t % length] = t, value
+        recent = torch.stack([v for step, v in added.values() if step > t - 2 * length])
+        warm = t > length and t >= warmup
+        torch.testing.assert_close(result, recent.mean(0) if warm else value, **CLOSE)
+
+
+@kinds
 @given(parts=st.lists(st.floats(-10, 10), min_size=1, max_size=4), warm=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_parts_of_a_step_give_the_whole_however_it_is_split(kind, parts, warm):

@@ -19,7 +19,7 @@ def write(ring: Tensor, step: Step, value: Tensor) -> None:
     """Write a step's value, of shape (..., C), into its slot of a ring, of shape (m, ..., C)."""
     if isinstance(step, Tensor):
         slot = _slot_of(step, ring).view(-1, *[1] * value.dim())
-        ring.copy_(torch.where(slot, value, ring))
+        torch.where(slot, value, ring, out=ring)
     elif step:
         ring[step % len(ring)].copy_(value)
 
@@ -41,7 +41,8 @@ def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) ->
     Values of one step may come in several parts, in any order of steps. ``owners``, of shape
     (m,), holds the step that each slot belongs to, 0 where there is none yet. The first part of
     a step takes its slot over, the others add to it; one that comes later than a whole turn of
-    the ring finds its slot taken, and changes nothing. The mean is over the slots taken.
+    the ring finds its slot taken, and changes nothing. The mean is over the slots taken within
+    the last two turns: one that waits for its next value still has its last.
 
     The results for all parts of one step add up to the mean with all of them in it: the first
     part's is the mean of the ring, the others' their own share in it. Before the step is warm,
@@ -60,8 +61,9 @@ def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) ->
         owners[slot], taken[slot] = step, step
     if step < _warm_from(ring, warmup):
         return value
-    total = value if owner == step else ring.sum(0)
-    return total / (len(ring) - taken.count(0))
+    oldest = max(step - 2 * len(ring), 0)
+    recent = ring if min(taken) > oldest else ring[owners > oldest]
+    return (value if owner == step else recent.sum(0)) / len(recent)
 
 
 def _add_on_device(
@@ -71,11 +73,12 @@ def _add_on_device(
     slot = _slot_of(step, ring) & (owners <= step) & finite
     again = slot & (owners == step)
     before = torch.where(again.unsqueeze(1), ring, 0)
-    ring.copy_(torch.where(slot.unsqueeze(1), value + before, ring))
-    owners.copy_(torch.where(slot, step, owners))
-    total = torch.where(again.any(), value, ring.sum(0))
+    torch.where(slot.unsqueeze(1), value + before, ring, out=ring)
+    torch.where(slot, step, owners, out=owners)
+    recent = owners > (step - 2 * len(ring)).clamp_(min=0)
+    total = torch.where(again.any(), value, torch.where(recent.unsqueeze(1), ring, 0).sum(0))
     warm = (step >= _warm_from(ring, warmup)) & finite
-    return torch.where(warm, total / owners.count_nonzero(), value)
+    return torch.where(warm, total / recent.sum(), value)
 
 
 def latest_steps(num_steps: Tensor, ring: Tensor) -> Tensor:

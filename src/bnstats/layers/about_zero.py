@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnstats.errors import InvalidValueError
+from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers.windows import Scale, Windows, add_gradient
+
+HALF = (torch.float16, torch.bfloat16)
+"""What torch normalizes with float32 statistics too."""
 
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
@@ -22,6 +25,14 @@ _NEAR_ZERO = 1e-3
 def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
     """Whether a layer without a mean evaluates differently from one with these statistics."""
     return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
+
+
+def check_dtype(x: Tensor, wide: torch.dtype) -> None:
+    """Refuse an input that torch does not normalize with statistics of the wide dtype."""
+    fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
+    if x.dtype not in fitting:
+        expected = " or ".join(map(str, fitting))
+        raise InvalidTypeError(f"MovingAverageBatchNorm: input: expected {expected}, got {x.dtype}")
 
 
 def about_zero(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,23 +105,12 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         if counter is not None:
             counter.zero_()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *args
-        )
-        counter = prefix + "num_values_tracked"
-        if counter in missing_keys and prefix + "running_mean" in state_dict:
-            missing_keys.remove(counter)
-            assert self.num_values_tracked is not None
-            self.num_values_tracked.zero_()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch passes a copy of the caller's mapping, and completes it in the same way.
+        key, mean = prefix + "num_values_tracked", state_dict.get(prefix + "running_mean")
+        if isinstance(mean, Tensor) and self.num_values_tracked is not None:
+            state_dict.setdefault(key, torch.tensor(0, device=mean.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class CumulativeBatchNorm1d(CumulativeBatchNorm, nn.BatchNorm1d):

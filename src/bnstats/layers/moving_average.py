@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
-from bnstats.layers.about_zero import about_zero, far_from_zero
+from bnstats.layers.about_zero import HALF, about_zero, check_dtype, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
 from bnstats.moments import Number, Weights
@@ -96,7 +96,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             [0, 1], a negative warmup, max_ratio below 1, track_running_stats=False, an input
             of the wrong shape; in a backward, a forward to be run again that is more than m
             forwards ago.
-        InvalidTypeError: an argument that is not a number.
+        InvalidTypeError: an argument that is not a number, or an input of the wrong dtype.
 
     Warns:
         BnstatsWarning: a plain checkpoint is loaded whose means are not near zero. The layer
@@ -106,10 +106,10 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
     Note:
         Several forwards may come before their backwards, in any order: each backward uses the
         var and r of its own forward, and its psi goes into that forward's slot. Several
-        backwards through one forward add up to the backward of the summed losses. Slots that
-        no backward has reached yet do not count in Psi. A batch that is not finite is
-        normalized by itself and changes nothing; a gradient that is not finite leaves the
-        backward window alone.
+        backwards through one forward add up to the backward of the summed losses. A slot
+        without a psi of the last 2 m forwards does not count in Psi. A batch that is not
+        finite is normalized by itself and changes nothing; a gradient that is not finite
+        leaves the backward window alone.
 
         Under activation checkpointing a forward that runs again gets what it got the first
         time, found among the last m forwards by its mean squares; it moves nothing.
@@ -199,6 +199,7 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
         wide = self.window_mean_squares.dtype
+        check_dtype(input, wide)  # not left to torch: the state moves before it looks
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
         windows = self._windows()
@@ -238,40 +239,52 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
                 buffer.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = self._windows()
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in _WINDOWS:
+        for name, old, new in zip(_WINDOWS, before, self._windows(), strict=True):
             # Half is too coarse to average in, and a mean square soon overflows it.
-            if getattr(self, name).dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, getattr(self, name).float())
+            if new.dtype in HALF:
+                wide = new.float() if old.is_meta else old.to(new.device, torch.float32)
+                setattr(self, name, wide)
         return module
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # torch passes a copy of the caller's mapping, and completes it in the same way.
         if prefix + "num_steps_tracked" not in state_dict and prefix + "running_mean" in state_dict:
-            self._complete(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self._complete(state_dict, prefix, assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        scales, loaded = self.window_scales, self.window_mean_squares
+        if (scales.device, scales.dtype) != (loaded.device, loaded.dtype):  # by assign=True
+            self.window_scales = loaded.new_zeros(scales.shape)
 
-    def _complete(self, state_dict: dict[str, Any], prefix: str) -> None:
+    def _complete(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Make a plain checkpoint one about zero, with empty windows."""
-        for name in _WINDOWS:
-            if name not in self._non_persistent_buffers_set:
-                state_dict[prefix + name] = torch.zeros_like(getattr(self, name))
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong
-        if far_from_zero(mean, var, self.eps):
+        wide = torch.promote_types(var.dtype, torch.float32)
+        for name in _WINDOWS:
+            if name not in self._non_persistent_buffers_set:
+                own = getattr(self, name)
+                dtype = wide if own.is_floating_point() else own.dtype
+                state_dict[prefix + name] = torch.zeros_like(own, dtype=dtype, device=var.device)
+        wide_mean, wide_var = mean.to(wide), var.to(wide)
+        if far_from_zero(wide_mean, wide_var, self.eps):
             warnings.warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "
                 "running_var + running_mean^2 and evaluates differently; train on, with "
                 "centered layers before it, or use another layer",
                 BnstatsWarning,
-                stacklevel=2,
+                stacklevel=5 + prefix.count("."),  # load_state_dict's caller: torch recurses
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
-        state_dict[prefix + "running_var"] = var + mean.square()
+        about = wide_var + wide_mean.square()
+        # What is assigned keeps the checkpoint's dtype; what is copied takes the layer's.
+        state_dict[prefix + "running_var"] = about.to(var.dtype) if assign else about
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
