@@ -80,7 +80,7 @@ def test_a_large_mean_costs_no_digits_of_the_variance(shape, mean, dtype):
     x = (torch.randn(shape, dtype=torch.float64) * spacing + mean).to(dtype)
     expected_mean, expected_var = oracles.mean_var([x.double().numpy()])
     got = Moments.from_batch(x)
-    # float32 sums round their rows to some 3e-7, magnified at most fivefold: see reduction.py.
+    # float32 sums round their rows to some 3e-7, magnified at most ninefold: see reduction.py.
     rtol = 1e-10 if dtype == torch.float64 else 2e-6
     np.testing.assert_allclose(got.var(), expected_var, rtol=rtol)
     np.testing.assert_allclose(

@@ -16,7 +16,7 @@ from torch import Tensor
 _LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
-_LARGEST_SQUARED_MEAN = 16.0
+_LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
