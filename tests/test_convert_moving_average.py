@@ -140,8 +140,9 @@ def test_tracing_leaves_a_forward_that_keeps_state_alone():
 
     model = Keeping()
     buffers = {name: (id(b), b.clone()) for name, b in model.named_buffers()}
-    # Some versions of torch.fx cannot trace a buffer that is assigned; what is left are neighbours.
-    assert "block.0.0" in centered(convert(model))
+    # torch.fx of 2.6 cannot trace a buffer that is assigned: what is left are neighbours.
+    traced = set() if torch.__version__.startswith("2.6.") else {"first"}
+    assert centered(convert(model)) == {"block.0.0"} | traced
     assert (model.steps, model.features) == (0, [])
     for name in ("center", "seen"):
         buffer = getattr(model, name)
