@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 
 def in_backward_pass() -> bool:
@@ -14,3 +15,12 @@ def in_backward_pass() -> bool:
     buffer updates.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def only_reverse_mode() -> bool:
+    """Whether reverse-mode autograd is all that looks on: no torch.func, no forward mode.
+
+    An autograd function serves neither without rules of its own. torch asks the same before it
+    applies one, and offers no public way to ask.
+    """
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.layers import fast_moments
 from bnstats.moments import Number, Weights, fold, fold_
 from bnstats.private import in_backward_pass
 from bnstats.reduction import wide_dtype
@@ -56,8 +57,7 @@ class RunningStatsBatchNorm(_BatchNorm):
 
     def _count(self, batch_values: int, counted: Tensor | int) -> None:  # noqa: ARG002
         """Count the batch just folded in; ``counted`` is 1, or 0 where it was not finite."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(counted)
+        increase_(self._buffers["num_batches_tracked"], counted)
 
     def statistics_about_zero(self) -> bool:
         """Whether running_mean is always 0, and running_var about zero."""
@@ -84,41 +84,50 @@ class RunningStatsBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize; in training also move the running statistics."""
-        if self.training and self.track_running_stats and self.running_mean is not None:
-            self._check_input_dim(input)
-            return self._forward_training(input, self.running_mean)
-        return super().forward(input)
+        # A module finds its attributes slowly, and this is asked in every forward.
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        if mean is None or (self.training and not self.track_running_stats):
+            return super().forward(input)
+        self._check_input_dim(input)
+        if self.training:
+            return self._forward_training(input, mean)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        dtype = running_mean.dtype
-        if dtype in (torch.float16, torch.bfloat16):
+        count = input.numel() // self.num_features
+        if not torch.compiler.is_compiling() and fast_moments.pays_for(input, running_mean):
+            output, mean, var = fast_moments.batch_norm(input, weight, bias, self.eps)
+        else:
             # The batch's statistics come out in the parameters' dtype; half is too coarse.
-            dtype = torch.float32
-            weight = None if weight is None else weight.float()
-            bias = None if bias is None else bias.float()
-        # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
-        # pass over the input. Autograd keeps them, so they are not written to afterwards.
-        batch_mean = torch.zeros_like(running_mean, dtype=dtype)
-        batch_var = torch.zeros_like(running_mean, dtype=dtype)
-        output = F.batch_norm(input, batch_mean, batch_var, weight, bias, True, 1.0, self.eps)
+            dtype = running_mean.dtype
+            if dtype in (torch.float16, torch.bfloat16):
+                dtype = torch.float32
+                weight = None if weight is None else weight.float()
+                bias = None if bias is None else bias.float()
+            # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
+            # pass over the input. Autograd keeps them, so they are not written to afterwards.
+            mean = torch.zeros_like(running_mean, dtype=dtype)
+            var = torch.zeros_like(running_mean, dtype=dtype)
+            output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
         # A batch of no values has no statistics; a recomputed one has been counted.
-        if input.numel() > 0 and not in_backward_pass():
-            self._track(batch_mean, batch_var, input.numel() // self.num_features)
+        if count > 0 and not in_backward_pass():
+            self._track(mean, var, count)
         return output
 
     def _track(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
         """Fold a batch's mean and unbiased variance in, unless they are not finite."""
-        running_mean, running_var = self.running_mean, self.running_var
+        buffers = self._buffers
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         assert running_mean is not None and running_var is not None
         mean, var = running_mean, running_var
-        if mean.dtype != batch_var.dtype:  # half buffers: the step is taken wide
-            mean, var = mean.to(batch_var.dtype), var.to(batch_var.dtype)
+        if mean.dtype != batch_mean.dtype:  # half buffers: the step is taken wide
+            mean, var = mean.to(batch_mean.dtype), var.to(batch_var.dtype)
         # Where the mean is not finite, neither is the variance about it.
         largest = batch_var.max()
-        if batch_var.is_cpu and not torch.compiler.is_compiling():
-            # On CPU the host knows every number; numbers are cheaper than small tensors.
+        if on_host(batch_var):
+            # Numbers are cheaper than small tensors.
             if not math.isfinite(largest):
                 return
             fold_(mean, var, batch_mean, batch_var, self._weights(batch_values, int))
@@ -130,9 +139,24 @@ class RunningStatsBatchNorm(_BatchNorm):
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
             counted = finite.long()
-        running_mean.copy_(mean)
-        running_var.copy_(var)
+        if mean is not running_mean:
+            running_mean.copy_(mean)
+            running_var.copy_(var)
         self._count(batch_values, counted)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the host knows a tensor's numbers without waiting: no device, no tracing."""
+    return tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def increase_(counter: Tensor | None, by: Tensor | int) -> None:
+    """Add to a counter in place; a number that the host knows is filled in, at half the cost."""
+    assert counter is not None
+    if isinstance(by, int) and on_host(counter):
+        counter.fill_(int(counter) + by)
+    else:
+        counter.add_(by)
 
 
 def _wide(counter: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnstats.accumulators import cumulative
 from bnstats.accumulators.exponential import averaging
-from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.layers.base import RunningStatsBatchNorm, increase_
 from bnstats.moments import Number, Weights
 
 
@@ -87,15 +87,17 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:
         if self.momentum == 1:
             return averaging(1, pooled=False)
-        assert self.num_values_tracked is not None
-        return cumulative(read(self.num_values_tracked), batch_values)
+        counter = self._buffers["num_values_tracked"]
+        assert counter is not None
+        return cumulative(read(counter), batch_values)
 
     def _count(self, batch_values: int, counted: Tensor | int) -> None:
         super()._count(batch_values, counted)
-        assert self.num_values_tracked is not None
+        counter = self._buffers["num_values_tracked"]
+        assert counter is not None
         if self.momentum == 1:
-            self.num_values_tracked.mul_(1 - counted)
-        self.num_values_tracked.add_(counted * batch_values)
+            counter.mul_(1 - counted)
+        increase_(counter, counted * batch_values)
 
     def reset_running_stats(self) -> None:
         """Forget all values: mean 0, variance 1, counters 0."""

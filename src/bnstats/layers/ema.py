@@ -89,8 +89,9 @@ class EMABatchNorm(RunningStatsBatchNorm):
         self.pooled = pooled
 
     def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
-        assert self.num_batches_tracked is not None
-        num_batches = read(self.num_batches_tracked) + 1
+        counter = self._buffers["num_batches_tracked"]
+        assert counter is not None
+        num_batches = read(counter) + 1
         if self.momentum is None:
             return per_batch(num_batches, pooled=self.pooled)
         return exponential(num_batches, self.momentum, debias=self.debias, pooled=self.pooled)
