@@ -43,11 +43,18 @@ def fold_(
     """Take one step of the recursion that this module's docstring states, in place."""
     step, keep, gain, between = weights
     delta = other_mean - mean
-    spread.mul_(keep)
     _add_scaled_(mean, delta, step)
-    _add_scaled_(spread, other_spread, gain)
+    if isinstance(keep, Tensor):
+        spread.mul_(keep)
+        _add_scaled_(spread, other_spread, gain)
+    elif keep == 1 - gain:
+        spread.lerp_(other_spread, gain)
+    else:
+        if keep != 1:  # to multiply by a number would take twice as long
+            spread.add_(spread, alpha=keep - 1)
+        _add_scaled_(spread, other_spread, gain)
     if isinstance(between, Tensor):
-        spread.add_(between * delta.square_())
+        spread.addcmul_(between * delta, delta)
     elif between != 0:  # a rule without the term between batches does not pay for it
         spread.addcmul_(delta, delta, value=between)
 
@@ -64,7 +71,7 @@ def fold(
 def _add_scaled_(x: Tensor, y: Tensor, scale: Number) -> None:
     """Add scale y to x, in one operation where the host knows the scale."""
     if isinstance(scale, Tensor):
-        x.add_(scale * y)
+        x.addcmul_(y, scale)
     else:
         x.add_(y, alpha=scale)
 

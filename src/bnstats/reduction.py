@@ -16,6 +16,9 @@ from torch import Tensor
 _LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
+_FEWEST_FAST = 2**17
+"""Values from which on the fast sums, several operations, beat torch's one slow kernel."""
+
 _LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
@@ -32,15 +35,15 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
         return zeros, zeros
-    if x.device.type == "cpu" and x.dim() > 2 and x.is_floating_point():
-        return _from_rows(x)
-    if x.device.type == "cpu" or not x.is_floating_point():
-        return _centered(x.to(wide))
-    # Elsewhere var_mean is Welford's algorithm in one launch.
-    x = x if x.dtype == torch.float64 else x.float()
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    var, mean = torch.var_mean(x, axes, correction=0)
-    return mean.to(wide), var.to(wide) * (x.numel() // x.shape[1])
+    if x.device.type != "cpu":
+        # Welford's algorithm in one launch.
+        x = x.to(wide if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
+        axes = [axis for axis in range(x.dim()) if axis != 1]
+        var, mean = torch.var_mean(x, axes, correction=0)
+        return mean.to(wide), var.to(wide) * (x.numel() // x.shape[1])
+    if x.numel() < _FEWEST_FAST or x.dim() == 2 or not x.is_floating_point():
+        return _exactly(x)
+    return _from_rows(x)
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -57,33 +60,29 @@ def mean_square(x: Tensor) -> Tensor:
     return squares.div_(count)
 
 
-def _centered(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two passes: the mean, then the squares about it, corrected for the mean's rounding."""
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
-    count = x.numel() // x.shape[1]
-    mean = x.mean(axes)
-    deviation = x - mean.view(shape)
-    rounding = deviation.mean(axes)
-    m2 = deviation.square_().sum(axes) - count * rounding.square()
-    return mean + rounding, m2.clamp_(min=0)
+def _exactly(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Take two passes in float64: the mean, then the squares about it."""
+    mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+    return mean, var.mul_(x.numel() // x.shape[1])
 
 
 def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Add up rows and their squares in x's precision, the rows' results in float64."""
     count = x.numel() // x.shape[1]
     rows = _short_rows(x)
-    total = rows.sum(-1, dtype=_accumulator(x)).sum((0, 2), dtype=torch.float64)
+    total = _per_channel(rows.sum(-1, dtype=_accumulator(x)))
     squares = _sums_of_squares(rows)
     mean = total / count
-    squared_mean = total * mean
-    m2 = squares - squared_mean
+    m2 = torch.addcmul(squares, total, mean, value=-1)
 
-    # NaN compares as not suspicious: it stays what it is.
-    suspicious = squared_mean > _LARGEST_SQUARED_MEAN * m2
-    if suspicious.any():
-        channels = suspicious.nonzero().squeeze(1)
-        mean[channels], m2[channels] = _centered(x.index_select(1, channels).double())
+    # Not the other way round: a NaN somewhere leaves open what the other channels are.
+    limit = 1 + _LARGEST_SQUARED_MEAN
+    if not torch.sub(squares, m2, alpha=limit).max().item() <= 0:
+        channels = (squares > limit * m2).nonzero().squeeze(1)
+        if len(channels):
+            exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
+            mean.index_copy_(0, channels, exact_mean)
+            m2.index_copy_(0, channels, exact_m2)
     return mean, m2
 
 
@@ -92,20 +91,31 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 
 def _sums_of_squares(rows: Tensor) -> Tensor:
-    """Add up the squares of rows, (N, C, rows, length), per channel; return float64."""
+    """Add up the squares of rows, (N, C, ..., length), per channel; return float64."""
     if rows.stride(-1) == 1:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
-        return norms.square_().sum((0, 2), dtype=torch.float64)
+        return _per_channel(norms.square_())
     # channels_last: a norm over a strided axis is slow
-    return rows.to(_accumulator(rows)).square().sum(-1).sum((0, 2), dtype=torch.float64)
+    return _per_channel(rows.to(_accumulator(rows)).square().sum(-1))
+
+
+def _per_channel(of_rows: Tensor) -> Tensor:
+    """Add up what rows gave, of shape (N, C) or (N, C, rows), in float64."""
+    axes = 0 if of_rows.dim() == 2 else (0, 2)
+    return of_rows.sum(axes, dtype=torch.float64)
 
 
 def _short_rows(x: Tensor) -> Tensor:
-    """View x of shape (N, C, ...) as rows, (N, C, rows, length), of at most the longest length."""
+    """View x of shape (N, C, ...) as rows of at most the longest length.
+
+    Returns:
+        Of shape (N, C, length), or (N, C, rows, length) where there are several.
+    """
     length = math.prod(x.shape[2:])
+    if length <= _LONGEST_ROW:
+        return x.flatten(2)
     fewest = -(-length // _LONGEST_ROW)
     # A length without a fitting divisor, a large prime say, stays whole.
     # (Not by next with a default: torch 2.6 cannot compile that.)
     fitting = [n for n in range(fewest, 4 * fewest) if length % n == 0]
-    parts = fitting[0] if fitting else 1
-    return x.reshape(x.shape[0], x.shape[1], parts, length // parts)
+    return x.flatten(2).unflatten(2, (fitting[0], -1)) if fitting else x.flatten(2)

@@ -35,9 +35,5 @@ def exponential(
 
 def averaging(weight: Number, *, pooled: bool) -> Weights:
     """Weigh a batch by ``weight`` and what was before by the rest."""
-    return Weights(
-        step=weight,
-        keep=1 - weight,
-        gain=weight,
-        between=weight * (1 - weight) if pooled else 0,
-    )
+    keep = 1 - weight
+    return Weights(step=weight, keep=keep, gain=weight, between=weight * keep if pooled else 0)
