@@ -11,7 +11,7 @@ from typing import Any
 from bnstats import PopulationStats, RunningStats
 from bnstats.cli.checkpoints import Checkpoint
 from bnstats.errors import LayerMismatchError
-from bnstats.recompute.drift import drift, table
+from bnstats.recompute.drift import drifts, table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -30,16 +30,14 @@ def run(options: argparse.Namespace) -> None:
     """Load both and print a table."""
     population = PopulationStats.load(options.stats)
     running = _running_stats(options.file, population)
-    drifts = {}
     for name, stats in population.items():
         if running[name].mean.numel() != stats.num_features:
             raise LayerMismatchError(
                 f"layer '{name}' has {running[name].mean.numel()} channels in {options.file} and "
                 f"{stats.num_features} in {options.stats}"
             )
-        drifts[name] = drift(running[name], stats.mean, stats.var)
     print(f"{len(population)} BatchNorm layers: {options.file} against {options.stats}\n")
-    print(table(population, drifts))
+    print(table(population, drifts({name: running[name] for name in population}, population)))
 
 
 def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, RunningStats]:

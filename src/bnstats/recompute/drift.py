@@ -40,6 +40,21 @@ class RunningStats(NamedTuple):
         layer.running_var.copy_(self.var)
 
 
+def write_all(
+    layers: Mapping[str, _BatchNorm],
+    after: Mapping[str, LayerStats],
+    before: Mapping[str, RunningStats],
+) -> None:
+    """Write the statistics of all layers; if one fails, what was before is back in all."""
+    try:
+        for name, layer in layers.items():
+            RunningStats(after[name].mean, after[name].var).write_to(layer)
+    except BaseException:
+        for name, layer in layers.items():
+            before[name].write_to(layer)
+        raise
+
+
 class Drift(NamedTuple):
     """How far a layer's running statistics are from the population's; each of shape (C,).
 
@@ -64,19 +79,33 @@ class Drift(NamedTuple):
     kl: Tensor
 
 
-def drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
-    """Compare running statistics with a population's.
+def drifts(
+    running: Mapping[str, RunningStats], population: Mapping[str, LayerStats]
+) -> dict[str, Drift]:
+    """Compare the running statistics of layers with their populations'.
 
     A channel of no variance compares as equal (0, 1, 0) where the running value is the same,
     else as infinitely far.
     """
-    difference = running.mean.to(mean) - mean
-    running_var = running.var.to(var)
-    same_var = running_var == var
+    if not running:
+        return {}
+    stats = [population[name] for name in running]
+    mean, var = (torch.cat([getattr(x, field) for x in stats]) for field in RunningStats._fields)
+    # All layers at once, their channels laid end to end.
+    columns = zip(*running.values(), strict=True)
+    before = RunningStats(*(torch.cat([x.to(mean) for x in column]) for column in columns))
+    moved = _drift(before, mean, var)
+    parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
+    return {name: Drift(*part) for name, part in zip(running, parts, strict=True)}
+
+
+def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
+    difference = running.mean - mean
+    same_var = running.var == var
     shift = torch.where(difference == 0, 0, difference / var.sqrt())
-    ratio = torch.where(same_var, 1, running_var / var)
-    squared = torch.where(difference == 0, 0, difference.square() / running_var)
-    kl = (ratio.log() + torch.where(same_var, 1, var / running_var) + squared - 1) / 2
+    ratio = torch.where(same_var, 1, running.var / var)
+    squared = torch.where(difference == 0, 0, difference.square() / running.var)
+    kl = (ratio.log() + torch.where(same_var, 1, var / running.var) + squared - 1) / 2
     return Drift(shift, ratio, kl)
 
 

@@ -61,13 +61,23 @@ class Estimator(Protocol):
         """Take in what another estimator of the same kind took, from its ``state()``."""
 
 
+_PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+"""The entries of a symmetric matrix that are kept, in their order."""
+
+
+def _symmetric(kept: Tensor) -> Tensor:
+    """Return the matrix, (3, 3, C), of these entries, (6, C)."""
+    matrix: Tensor = kept[[0, 1, 2, 1, 3, 4, 2, 4, 5]]
+    return matrix.unflatten(0, (3, 3))
+
+
 class Spread:
     """The spread between batches, about estimates that are known only at the end.
 
-    It keeps the weighted second-moment matrix of each batch's features ``(1, u, q)``: u is the
+    It keeps the weighted second moments of each batch's features ``(1, u, q)``: u is the
     batch's mean about the first batch's mean, q a mean square. The deviation of a batch from
     the final estimate is a linear form in the features, so its sum of squares is a quadratic
-    form in the matrix, and no second pass is needed.
+    form in their second moments, and no second pass is needed.
 
     Args:
         like: any float tensor of shape (C,), for its shape, dtype and device.
@@ -76,25 +86,39 @@ class Spread:
 
     def __init__(self, like: Tensor, *, about_reference: bool) -> None:
         self._about_reference = about_reference
+        self._referred = False
         self.num_batches = torch.zeros_like(like)
         self.reference = torch.zeros_like(like)
-        self.matrix = like.new_zeros(3, 3, *like.shape)
+        self._sums = like.new_zeros(len(_PRODUCTS), *like.shape)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The symmetric matrix of second moments, of shape (3, 3, C)."""
+        return _symmetric(self._sums)
 
     def offset(self, batch: Moments) -> Tensor:
         """Return u, the batch's mean about the first one that the channel saw."""
-        first = (self.num_batches == 0) & (batch.count > 0)
-        self.reference = torch.where(first, batch.mean, self.reference)
+        if not self._referred:
+            first = (self.num_batches == 0) & (batch.count > 0)
+            self.reference = torch.where(first, batch.mean, self.reference)
+            self._referred = bool(((self.num_batches > 0) | first).all())
         return batch.mean - self.reference
 
     def add(self, offset: Tensor, q: Tensor, weight: Tensor) -> None:
         """Add one batch's features; a weight of 0 leaves the channel out."""
-        self.num_batches = self.num_batches + (weight > 0)
-        features = torch.stack([torch.ones_like(offset), offset, q])
-        self.matrix += (weight * features)[:, None] * features
+        self.num_batches += weight > 0
+        weighted_offset, weighted_q = weight * offset, weight * q
+        of_one, of_u, of_q, of_uu, of_uq, of_qq = self._sums
+        of_one += weight
+        of_u += weighted_offset
+        of_q += weighted_q
+        of_uu.addcmul_(weighted_offset, offset)
+        of_uq.addcmul_(weighted_offset, q)
+        of_qq.addcmul_(weighted_q, q)
 
     def state(self) -> Tensor:
-        """Return the numbers of batches, the references and the matrices, (11, C)."""
-        return torch.cat([self.num_batches[None], self.reference[None], self.matrix.flatten(0, 1)])
+        """Return the numbers of batches, the references and the second moments, (8, C)."""
+        return torch.cat([self.num_batches[None], self.reference[None], self._sums])
 
     def absorb(self, state: Tensor) -> None:
         """Take in another spread's state, brought to the reference of this one.
@@ -102,7 +126,7 @@ class Spread:
         About a reference that is lower by d, the features are ``(1, u + d, q + 2 d u + d^2)``:
         linear in what they were, so the matrix changes by that map on both sides.
         """
-        num_batches, reference, matrix = state[0], state[1], state[2:].unflatten(0, (3, 3))
+        num_batches, reference, matrix = state[0], state[1], _symmetric(state[2:])
         self.reference = torch.where(self.num_batches == 0, reference, self.reference)
         shift = torch.where(num_batches == 0, 0, reference - self.reference)
         zero, one = torch.zeros_like(shift), torch.ones_like(shift)
@@ -111,7 +135,8 @@ class Spread:
         change = torch.stack(rows)
         # Two small matrix products per channel, as sums: a batched one costs far more.
         matrix = (change[:, :, None] * matrix).sum(1)
-        self.matrix = self.matrix + (matrix[:, None] * change).sum(2)
+        matrix = (matrix[:, None] * change).sum(2)
+        self._sums += torch.stack([matrix[i, j] for i, j in _PRODUCTS])
         self.num_batches = self.num_batches + num_batches
 
     def sum_of_squares(self, constant: Tensor, of_offset: Tensor, of_q: Tensor) -> Tensor:
@@ -140,9 +165,8 @@ class Pooled:
     averages_variances = False
 
     def __init__(self, correction: Tensor, like: Tensor) -> None:
-        zeros = torch.zeros_like(like)
         self._correction = correction
-        self._total = Moments(zeros, zeros, zeros)
+        self._total = Moments(*like.new_zeros(3, *like.shape))
         self._spread = Spread(like, about_reference=True)
 
     def add(self, batch: Moments) -> None:
@@ -150,7 +174,7 @@ class Pooled:
         self._total = self._total + batch
         offset = self._spread.offset(batch)
         # The batch's mean square about the reference; about the pooled mean it is a linear form.
-        mean_square = batch.m2 / batch.count.clamp(min=1) + offset.square()
+        mean_square = (batch.m2 / batch.count.clamp(min=1)).addcmul_(offset, offset)
         self._spread.add(offset, mean_square, batch.count.square())
 
     def state(self) -> Tensor:

@@ -27,7 +27,7 @@ from bnstats.recompute.crew import Crew, Runner
 from bnstats.recompute.estimators import Estimate, Pooled
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import check_enough_values, population_stats
-from bnstats.recompute.stage import StagedLayer, staged
+from bnstats.recompute.stage import Seen, StagedLayer, staged
 from bnstats.recompute.stopping import FIRST_LOOK, precise
 from bnstats.recompute.task import Tally, Task
 
@@ -65,7 +65,7 @@ class _Held(NamedTuple):
     """What a batch waits with at a layer."""
 
     layer: StagedLayer
-    moments: Moments
+    seen: Seen
     num_bytes: int
 
 
@@ -152,7 +152,7 @@ class _Procession:
         if layer not in self._complete:
             self._count_bytes(layer, input.nbytes)
             self._since.setdefault(layer, self._num_rounds)
-            self._crew.hold(_Held(layer, layer.moments(input), input.nbytes))
+            self._crew.hold(_Held(layer, layer.observe(input), input.nbytes))
 
     def _count_bytes(self, layer: StagedLayer, num_bytes: int) -> None:
         """Count a batch that is going to be held, against the limit."""
@@ -210,9 +210,8 @@ class _Procession:
         runners = self._held_at(layer)
         estimator = self._new_estimator(layer)
         for runner in runners:
-            moments = runner.held.moments
-            count = torch.full_like(moments.mean, float(moments.count))
-            estimator.add(Moments(count, moments.mean, moments.m2))
+            count, mean, m2 = runner.held.seen
+            estimator.add(Moments(torch.full_like(mean, float(count)), mean, m2))
         state = estimator.state()
         if not state.isfinite().all():
             self._refuse_nonfinite(layer, runners)
@@ -234,8 +233,8 @@ class _Procession:
 
     def _refuse_nonfinite(self, layer: StagedLayer, runners: list[Runner]) -> None:
         """Raise for the batches that are not finite at a layer, or take them out of the pass."""
-        moments = [runner.held.moments for runner in runners]
-        finite = [bool((m.mean + m.m2).isfinite().all()) for m in moments]
+        seen = [runner.held.seen for runner in runners]
+        finite = [bool((x.mean + x.m2).isfinite().all()) for x in seen]
         bad = [runner for runner, is_finite in zip(runners, finite, strict=True) if not is_finite]
         if not self._task.skip_nonfinite or not bad:
             indices = ", ".join(str(runner.index) for runner in bad or runners)

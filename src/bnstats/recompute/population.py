@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
 from bnstats.moments import Moments
 from bnstats.recompute import files
-from bnstats.recompute.drift import Drift, RunningStats, drift
+from bnstats.recompute.drift import Drift, RunningStats, drifts, write_all
 from bnstats.traversal import named_batchnorms
 
 
@@ -141,15 +141,8 @@ class PopulationStats(Mapping[str, LayerStats]):
             LayerMismatchError: a layer is not in the model, or has other channels; nothing is
                 written.
         """
-        targets = self._targets(model)
-        before = {name: RunningStats.of(layer) for name, layer in targets.items()}
-        try:
-            for name, layer in targets.items():
-                RunningStats(self[name].mean, self[name].var).write_to(layer)
-        except BaseException:
-            for name, layer in targets.items():
-                before[name].write_to(layer)
-            raise
+        layers = self.layers_of(model)
+        write_all(layers, self, {name: RunningStats.of(layer) for name, layer in layers.items()})
 
     def drift_from(self, model: nn.Module) -> dict[str, Drift]:
         """Return how far the model's running statistics are from these, per layer.
@@ -157,10 +150,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         Raises:
             LayerMismatchError: a layer is not in the model, or has other channels.
         """
-        return {
-            name: drift(RunningStats.of(layer), self[name].mean, self[name].var)
-            for name, layer in self._targets(model).items()
-        }
+        running = {name: RunningStats.of(layer) for name, layer in self.layers_of(model).items()}
+        return drifts(running, self)
 
     def merge(self, other: PopulationStats) -> PopulationStats:
         """Return the statistics over the data of both, for example of two shards.
@@ -208,7 +199,12 @@ class PopulationStats(Mapping[str, LayerStats]):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
             return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
 
-    def _targets(self, model: nn.Module) -> dict[str, _BatchNorm]:
+    def layers_of(self, model: nn.Module) -> dict[str, _BatchNorm]:
+        """Return the model's layers that these are the statistics of.
+
+        Raises:
+            LayerMismatchError: a layer is not in the model, or has other channels.
+        """
         layers = named_batchnorms(model)
         missing = [name for name in self if name not in layers]
         if missing:

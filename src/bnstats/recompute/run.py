@@ -13,7 +13,7 @@ from torch import nn
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import BnstatsWarning
 from bnstats.recompute.batches import Forward, default_device, default_forward
-from bnstats.recompute.drift import Recalibration, RunningStats
+from bnstats.recompute.drift import Recalibration, RunningStats, drifts, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.onepass import one_pass
 from bnstats.recompute.options import check_loader, check_mergeable, check_options
@@ -154,11 +154,10 @@ def recompute_population_stats(
         progress=progress,
         memory_limit=memory_limit,
     )
-    layers = named_batchnorms(model)
-    layers = {name: layers[name] for name in after}
+    layers = after.layers_of(model)
     before = {name: RunningStats.of(layer) for name, layer in layers.items()}
-    drift = after.drift_from(model)
-    after.apply_to(model)
+    drift = drifts(before, after)
+    write_all(layers, after, before)
     return Recalibration(before, after, drift, layers)
 
 

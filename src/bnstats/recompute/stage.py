@@ -12,13 +12,28 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.moments import Moments
+from bnstats.reduction import mean_and_m2
+
+
+class Seen(NamedTuple):
+    """The moments of what a layer saw: a number of values, and tensors of shape (C,)."""
+
+    num_values: int
+    mean: Tensor
+    m2: Tensor
+
+    def merge(self, other: Seen) -> Seen:
+        """Return the moments of the values of both."""
+        mine, theirs = (Moments(torch.tensor(x.num_values), x.mean, x.m2) for x in (self, other))
+        merged = mine + theirs
+        return Seen(self.num_values + other.num_values, merged.mean, merged.m2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +62,13 @@ class StagedLayer:
         """Number of channels, C."""
         return self.module.num_features
 
-    def moments(self, input: Tensor) -> Moments:
+    def observe(self, input: Tensor) -> Seen:
         """Return the moments of an input, about what the layer takes them about."""
-        moments = Moments.from_batch(input)
-        return moments.about_zero() if self.about_zero else moments
+        mean, m2 = mean_and_m2(input)
+        count = input.numel() // self.num_features
+        if self.about_zero:
+            return Seen(count, torch.zeros_like(mean), m2.addcmul_(mean, mean, value=count))
+        return Seen(count, mean, m2)
 
     def normalize_with(self, mean: Tensor, var: Tensor) -> None:
         """Let the layer normalize with these until told otherwise."""

@@ -101,7 +101,7 @@ class _Sweeper:
 
         def visit(layer: StagedLayer, input: Tensor) -> None:
             if layer in layers:
-                collector.take(layer, layer.moments(input))
+                collector.take(layer, layer.observe(input))
                 missing[layer] -= 1
                 if not +missing:  # nothing above zero
                     raise _Enough
