@@ -1,15 +1,17 @@
-"""Time and memory of the recalibration against batches, channels and layers: straight lines."""
+"""Time and memory of the recalibration against batches, channels, layers, and their lines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import bnstats
@@ -37,37 +39,32 @@ def layers(number: int) -> Case:
     return nn.Sequential(*(nn.BatchNorm1d(16) for _ in range(number))), [torch.randn(32, 16)] * 10
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
     """What was measured of one axis; each figure by its number of batches, channels or layers."""
 
     axis: str
-    times: dict[int, Timing] = field(default_factory=dict)
-    peaks: dict[int, int] = field(default_factory=dict)
+    setting: str
+    times: dict[int, Timing]
+    peaks: dict[int, int]
 
 
-AXES: dict[Callable[[int], Case], list[int]] = {
-    batches: [10, 30, 100, 300, 1_000, 3_000, 10_000],
-    channels: [16, 64, 256, 1_024, 4_096, 16_384, 65_536],
-    layers: [1, 3, 10, 30, 100, 300, 1_000],
+AXES: dict[Callable[[int], Case], tuple[str, list[int]]] = {
+    batches: ("a layer of 16 channels, batches of 8", [10, 30, 100, 300, 1_000, 3_000, 10_000]),
+    channels: ("a layer, 10 batches of 32", [16, 64, 256, 1_024, 4_096, 16_384, 65_536]),
+    layers: ("layers of 16 channels, 10 batches of 32", [1, 3, 10, 30, 100, 300, 1_000]),
 }
 
 
 def measure(run: Run) -> list[Row]:
     """Measure every axis, and draw them."""
     sweeps = []
-    for make, numbers in AXES.items():
-        functions = {
-            number: _recalibration(make(number))
-            for number in (numbers[:3] if run.quick else numbers)
-        }
-        sweeps.append(
-            Sweep(
-                make.__name__,
-                compare(functions, rounds=1 if run.quick else 15),
-                {number: peak_bytes(function) for number, function in functions.items()},
-            )
-        )
+    for make, (setting, numbers) in AXES.items():
+        chosen = numbers[:3] if run.quick else numbers
+        functions = {number: _recalibration(make(number)) for number in chosen}
+        times = compare(functions, rounds=1 if run.quick else 15)
+        peaks = {number: peak_bytes(function) for number, function in functions.items()}
+        sweeps.append(Sweep(make.__name__, setting, times, peaks))
     draw(sweeps, run.folder / "scale.png")
     return [row for sweep in sweeps for row in _rows(sweep)]
 
@@ -109,28 +106,29 @@ def draw(sweeps: list[Sweep], path: Path) -> None:
     """Draw time above memory, an axis in each column."""
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     panels = figure.subplots(2, len(sweeps), sharex="col", sharey="row")
-    for column, sweep in enumerate(sweeps):
-        timings = {n: 1e3 * np.array(t) for n, t in sweep.times.items()}
-        medians = {n: t[0] for n, t in timings.items()}
-        _panel(panels[0, column], medians)
-        middle_half = np.array([(m - low, high - m) for m, low, high in timings.values()]).T
-        panels[0, column].errorbar(
-            [*medians], [*medians.values()], np.abs(middle_half), fmt="none", ecolor="C0"
-        )
-        _panel(panels[1, column], {n: peak / 1e3 for n, peak in sweep.peaks.items()})
-        panels[1, column].set_xlabel(f"number of {sweep.axis}")
-    panels[0, 0].set_ylabel("time, ms")
-    panels[1, 0].set_ylabel("peak memory, kB")
+    for (upper, lower), sweep in zip(panels.T, sweeps, strict=True):
+        milliseconds = {n: 1e3 * np.array(timing) for n, timing in sweep.times.items()}
+        _panel(upper, {n: median for n, (median, _, _) in milliseconds.items()})
+        for n, (_, low, high) in milliseconds.items():
+            upper.plot([n, n], [low, high], color="C0")
+        _panel(lower, {n: peak / 1e3 for n, peak in sweep.peaks.items()})
+        upper.set_title(sweep.setting, fontsize="medium")
+        lower.set_xlabel(f"n, number of {sweep.axis}")
+    panels[0, 0].set_ylabel("time of a recalibration, ms")
+    panels[1, 0].set_ylabel("its peak memory, kB")
     figure.savefig(path, dpi=120)
 
 
-def _panel(panel: object, figures: dict[int, float]) -> None:
+def _panel(panel: Axes, figures: dict[int, float]) -> None:
+    """Draw the figures and their straight line, which bends where axes are logarithmic."""
     slope, intercept = line(figures)
     x = np.geomspace(min(figures), max(figures), 100)
-    panel.plot(x, slope * x + intercept, color="0.6", label=f"{intercept:.3g} + {slope:.3g} n")
+    equation = f"{intercept:.3g} + {round(slope, 9) + 0:.3g} n"  # no slope of rounding errors
+    panel.plot(x, slope * x + intercept, color="0.6", label=equation)
     panel.plot([*figures], [*figures.values()], "o", color="C0")
     panel.set_xscale("log")
     panel.set_yscale("log")
+    panel.xaxis.set_minor_formatter(NullFormatter())
     panel.grid(alpha=0.3)
     panel.legend(loc="upper left", frameon=False)
 

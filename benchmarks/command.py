@@ -34,7 +34,8 @@ def main(*chosen: str) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         measured = [(name, row) for name in names for row in _measure(name, run)]
     lines = [[name, *report.cells(row)] for name, row in measured]
-    print("", *report.table([["benchmark", *report.HEADER], *lines]), sep="\n")
+    if lines:
+        print("", *report.table(report.filled([["benchmark", *report.HEADER], *lines])), sep="\n")
     if output == RESULTS:
         readme.rewrite(RESULTS / "cpu")
 

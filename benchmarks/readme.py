@@ -19,7 +19,7 @@ HEADER = ["work", "sizes", "of", "against", "measured", "at most", "of what memo
 
 def rewrite(results: Path, readme: Path = README) -> None:
     """Put the table of these results into the README."""
-    text = f"{BEGIN}\n{performance(results)}\n{END}"
+    text = f"{BEGIN}\n\n{performance(results)}\n\n{END}"
     old = readme.read_text()
     readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, old, flags=re.DOTALL))
 

@@ -34,7 +34,7 @@ def page(path: Path) -> str:
     """Return the Markdown page of a benchmark's JSON."""
     content = json.loads(path.read_text())
     lines = [f"`{content['command']}` on {provenance(content)}.", ""]
-    lines += table([HEADER, *(cells(row) for row in load(path))])
+    lines += table(filled([HEADER, *(cells(row) for row in load(path))]))
     return "\n".join([*lines, ""])
 
 
@@ -49,6 +49,12 @@ def provenance(content: dict[str, dict[str, object]]) -> str:
     numbers = [f"{number} {name}" for name, number in counts]
     installed = [f"{name} {version}" for name, version in content["versions"].items()]
     return ", ".join([str(device[1]), *numbers, *installed, str(content["date"])])
+
+
+def filled(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Return the lines without the columns in which none but the header says anything."""
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    return list(zip(*columns, strict=True))
 
 
 def table(lines: Iterable[Sequence[str]]) -> list[str]:
