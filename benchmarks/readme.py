@@ -14,7 +14,7 @@ from benchmarks.rows import Row
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 PROMISED = ["layers", "moving_average", "recompute", "layerwise", "memory", "import", "merges"]
-HEADER = ["work", "sizes", "of", "against", "measured", "at most", "of what memory allows"]
+HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what memory allows"]
 
 
 def rewrite(results: Path, readme: Path = README) -> None:
@@ -49,7 +49,7 @@ def _line(rows: Sequence[Row]) -> list[str]:
     """Return the line of one promise for several sizes."""
     first = rows[0]
     return [
-        *(first.work, _listed(row.size for row in rows), first.what, first.against or ""),
+        *(first.what, first.work, _listed(row.size for row in rows), first.against or ""),
         *(_listed(map(_figure, rows)), _at_most(rows)),
         _listed(f"{row.reached:.0%}" for row in rows if row.reached is not None),
     ]

@@ -22,12 +22,13 @@ COPY = "copy of x"
 COPY_INPUTS = "copy of every BatchNorm input"
 
 EVALUATION_PASSES = 2
-"""Passes over x that evaluation cannot do without: x is read, y is written."""
+"""Passes over x that evaluation cannot do without: x is read, y is written. 8 bytes for each
+element in float32."""
 
 TRAINING_PASSES = 8
 """The same for a forward and backward, with nothing kept between them but x: x is read for its
 statistics; x is read and y written; x and the gradient are read for their two sums; x and the
-gradient are read and the gradient of x is written."""
+gradient are read and the gradient of x is written. 32 bytes for each element."""
 
 
 def compare_layers(
