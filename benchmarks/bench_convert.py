@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import statistics
-import sys
 import time
+from collections.abc import Callable
 
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import machine
+from benchmarks import command
+from benchmarks.rows import Row, Run
+from benchmarks.timing import summary
+from benchmarks.workloads import torchvision_model
 
 
-def main(quick: bool = False) -> None:
-    """Print the milliseconds that each direction takes."""
-    model = import_torchvision().models.resnet152()
-    print(f"`python -m benchmarks.bench_convert` on {machine()}.\n")
-    print("| ResNet-152 | median, ms |\n| --- | --- |")
+def measure(run: Run) -> list[Row]:
+    """Measure each direction, there and back again."""
+    model = torchvision_model("resnet152")
+    measured = []
     for to in ("ema", "cumulative", "moving_average"):
         there, back = [], []
-        for _ in range(1 if quick else 5):
-            start = time.perf_counter()
-            bnstats.convert_batchnorm(model, to)
-            there.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            bnstats.revert_batchnorm(model)
-            back.append(time.perf_counter() - start)
-        print(f"| to {to} | {1e3 * statistics.median(there):.0f} |")
-        print(f"| back | {1e3 * statistics.median(back):.0f} |")
+        for _ in range(1 if run.quick else 9):
+            there.append(_seconds(lambda to=to: bnstats.convert_batchnorm(model, to)))
+            back.append(_seconds(lambda: bnstats.revert_batchnorm(model)))
+        measured += [
+            Row("conversion", "ResNet-152", f"to {to}", *summary(there)),
+            Row("conversion", "ResNet-152", f"back from {to}", *summary(back)),
+        ]
+    return measured
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("convert")

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
-import torch
-from torch import nn
-
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import rows, write
+from benchmarks import command
+from benchmarks.rows import Row, Run, rows
 from benchmarks.timing import compare
+from benchmarks.workloads import torchvision_model, training_step
 
 
-def training_step(*, record: bool) -> Callable[[], object]:
-    """Return a step of ResNet-18 on a batch of 16, 64x64, with all its layers recorded or none."""
-    torch.manual_seed(0)
-    model = import_torchvision().models.resnet18()
-    x, y = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
-
-    def step() -> None:
-        model.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
+def measure(run: Run) -> list[Row]:
+    """Measure a step of ResNet-18 with all its layers recorded, and with none."""
+    size = (16, 3, 64, 64)
+    model = torchvision_model("resnet18")
+    recorded_step = training_step(model, size)
 
     def recorded() -> None:
         with bnstats.record_batch_stats(model):
-            step()
+            recorded_step()
 
-    return recorded if record else step
-
-
-def main(quick: bool = False) -> None:
-    """Measure a step with and without."""
     functions = {
-        "training step": training_step(record=False),
-        "the same, recorded": training_step(record=True),
+        "training step": training_step(torchvision_model("resnet18"), size),
+        "the same, recorded": recorded,
     }
-    timings = compare(functions, rounds=3 if quick else 30, calls=1)
-    write(
-        "bench_diagnose", rows("ResNet-18, (16, 3, 64, 64)", timings, "training step"), quick=quick
-    )
+    timings = compare(functions, rounds=1 if run.quick else 30)
+    return rows("ResNet-18 training step", str(size), timings, "training step")
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("diagnose")

@@ -2,59 +2,78 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
-import torch
 from torch import nn
 
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import rows, write
+from benchmarks import command
+from benchmarks.machine import device
+from benchmarks.rows import Row, Run, rows
 from benchmarks.timing import compare
+from benchmarks.workloads import (
+    EVALUATION_PASSES,
+    TRAINING_PASSES,
+    Shape,
+    compare_layers,
+    evaluation_forward,
+    forward_backward,
+    torchvision_model,
+    training_step,
+)
 
+TORCH = "nn.BatchNorm2d"
 LAYERS = {
-    "nn.BatchNorm2d": nn.BatchNorm2d,
+    TORCH: nn.BatchNorm2d,
     "EMABatchNorm2d": bnstats.EMABatchNorm2d,
     "CumulativeBatchNorm2d": bnstats.CumulativeBatchNorm2d,
 }
-SHAPES = [(2, 256, 28, 28), (2, 64, 56, 56), (8, 32, 8, 8)]
+TRAINING: dict[Shape, float] = {(2, 256, 28, 28): 1.05, (2, 64, 56, 56): 1.05, (8, 32, 8, 8): 1.2}
+LARGE_ON_CPU: dict[Shape, float] = {(32, 64, 32, 32): 0.75, (32, 64, 56, 56): 0.75}
+EVALUATION = 1.01
+TRAINING_STEP = 1.02
 
 
-def forward_backward(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Return a forward and backward of a layer alone."""
-    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    return lambda: layer(x).backward(grad)
+def measure(run: Run) -> list[Row]:
+    """Measure the layers alone, and ResNet-18 with each."""
+    measured = []
+    for shape, at_most in {**TRAINING, **LARGE_ON_CPU}.items():
+        promised = shape in TRAINING or device().type == "cpu"
+        measured += compare_layers(
+            "forward and backward",
+            shape,
+            {name: forward_backward(layer(shape[1]), shape) for name, layer in LAYERS.items()},
+            TORCH,
+            passes=TRAINING_PASSES,
+            at_most=_ours(at_most) if promised else {},
+            rounds=3 if run.quick else 60,
+            calls=1 if run.quick else 10,
+        )
+    for shape in TRAINING:
+        measured += compare_layers(
+            "evaluation forward",
+            shape,
+            {name: evaluation_forward(layer(shape[1]), shape) for name, layer in LAYERS.items()},
+            TORCH,
+            passes=EVALUATION_PASSES,
+            at_most=_ours(EVALUATION),
+            rounds=3 if run.quick else 200,
+            calls=10,
+        )
+    return measured + _training_step(run)
 
 
-def training_step(norm_layer: type[nn.Module]) -> Callable[[], object]:
-    """Return a step of ResNet-18 on a batch of 16, 64x64."""
-    torch.manual_seed(0)
-    model = import_torchvision().models.resnet18(norm_layer=norm_layer)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, y = torch.randn(16, 3, 64, 64), torch.randint(1000, (16,))
-
-    def step() -> None:
-        loss = nn.functional.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
+def _training_step(run: Run) -> list[Row]:
+    size = (16, 3, 64, 64)
+    steps = {
+        name: training_step(torchvision_model("resnet18", norm_layer=layer), size)
+        for name, layer in LAYERS.items()
+    }
+    timings = compare(steps, rounds=1 if run.quick else 60)
+    return rows("ResNet-18 training step", str(size), timings, TORCH, at_most=_ours(TRAINING_STEP))
 
 
-def main(quick: bool = False) -> None:
-    """Measure the layers alone and the training step."""
-    rounds, lines = (5 if quick else 60), []
-    for shape in SHAPES:
-        functions = {name: forward_backward(cls(shape[1]), shape) for name, cls in LAYERS.items()}
-        timings = compare(functions, rounds=rounds, calls=10)
-        lines += rows(f"forward and backward, {shape}", timings, "nn.BatchNorm2d")
-    functions = {name: training_step(cls) for name, cls in LAYERS.items()}
-    timings = compare(functions, rounds=3 if quick else 30, calls=1)
-    lines += rows("ResNet-18 training step, (16, 3, 64, 64)", timings, "nn.BatchNorm2d")
-    write("bench_layers", lines, quick=quick)
+def _ours(at_most: float) -> dict[str, float]:
+    return {name: at_most for name in LAYERS if name != TORCH}
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("layers")

@@ -2,42 +2,88 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import rows, write
+from benchmarks import command
+from benchmarks.rows import Row, Run, rows
 from benchmarks.timing import compare
+from benchmarks.workloads import (
+    COPY_INPUTS,
+    Work,
+    batches,
+    copy_of_inputs,
+    forward,
+    torchvision_model,
+)
 from bnstats.recompute import estimators
 
 BARE = "bare forward, evaluation mode"
 POOLED = 'method="pooled"'
+LAYERWISE = 'method="layerwise"'
+SWEEPS = 'method="sweeps"'
+MODELS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50"}
+AT_MOST = 1.4
 
 
-def forward(model: nn.Module, data: list[Tensor]) -> None:
-    """Run the bare forward in evaluation mode."""
-    model.eval()
-    with torch.no_grad():
-        for x in data:
-            model(x)
+def measure(run: Run) -> list[Row]:
+    """Measure ResNet-18 and ResNet-50; on ResNet-18 also sweeps and standard errors."""
+    data = batches(2, 2, 3, 32, 32) if run.quick else batches(16, 16, 3, 96, 96)
+    work = f"measurement, {len(data)} batches of {tuple(data[0].shape)}"
+    measured = []
+    for model, name in MODELS.items():
+        measured += _layerwise(torchvision_model(model), data, (work, name), run)
+    model = torchvision_model("resnet18")
+    return measured + _sweeps(model, data, work, run) + _standard_errors(model, data, work, run)
 
 
-def contestants(
-    model: nn.Module, data: list[Tensor], methods: list[str]
-) -> dict[str, Callable[[], object]]:
-    """Return what is compared: each measures the data once."""
-    measure = partial(bnstats.measure_population_stats, model, data)
-    measures = {f'method="{name}"': partial(measure, method=name) for name in methods}
-    return {BARE: partial(forward, model, data), **measures}
+def _layerwise(model: nn.Module, data: list[Tensor], case: tuple[str, str], run: Run) -> list[Row]:
+    functions = {
+        BARE: forward(model, data, training=False),
+        POOLED: _method("pooled", model, data),
+        LAYERWISE: _method("layerwise", model, data),
+        COPY_INPUTS: copy_of_inputs(model, data),
+    }
+    timings = compare(functions, rounds=1 if run.quick else 9)
+    # the forward of every batch, and one more reading of what each layer gets
+    limit = timings[BARE].median + timings[COPY_INPUTS].median / 2
+    limits = {POOLED: limit, LAYERWISE: limit}
+    return rows(*case, timings, BARE, at_most={LAYERWISE: AT_MOST}, limits=limits)
 
 
-class NoSpread(estimators.Spread):
+def _sweeps(model: nn.Module, data: list[Tensor], work: str, run: Run) -> list[Row]:
+    """Measure sweeps, and count their multiplications: what they cost where all else is free."""
+    functions = {
+        BARE: forward(model, data, training=False),
+        SWEEPS: _method("sweeps", model, data),
+    }
+    timings = compare(functions, rounds=1 if run.quick else 3)
+    one, all_sweeps = (_multiplications(model, function) for function in functions.values())
+    size = "ResNet-18, its 20 layers swept"
+    return [
+        *rows(work, size, timings, BARE),
+        Row(work, size, f"{SWEEPS}, multiplications", all_sweeps / one, unit="forwards"),
+    ]
+
+
+def _standard_errors(model: nn.Module, data: list[Tensor], work: str, run: Run) -> list[Row]:
+    without = f"{POOLED}, without standard errors"
+    functions = {
+        without: partial(_without_errors, model, data),
+        POOLED: _method("pooled", model, data),
+    }
+    return rows(work, "ResNet-18", compare(functions, rounds=1 if run.quick else 21), without)
+
+
+def _method(name: str, model: nn.Module, data: list[Tensor]) -> Work:
+    return partial(bnstats.measure_population_stats, model, data, method=name)
+
+
+class _NoSpread(estimators.Spread):
     """Keeps nothing of the spread between batches."""
 
     def offset(self, batch: bnstats.Moments) -> Tensor:
@@ -52,13 +98,13 @@ class NoSpread(estimators.Spread):
         return constant
 
 
-def without_errors(model: nn.Module, data: list[Tensor]) -> None:
+def _without_errors(model: nn.Module, data: list[Tensor]) -> None:
     """Measure with the spread between batches neither kept nor read."""
-    with mock.patch.object(estimators, "Spread", NoSpread):
+    with mock.patch.object(estimators, "Spread", _NoSpread):
         bnstats.measure_population_stats(model, data)
 
 
-def multiplications(model: nn.Module, run: Callable[[], object]) -> int:
+def _multiplications(model: nn.Module, function: Callable[[], object]) -> int:
     """Count the multiplications of the convolutions that run."""
     counts: list[int] = []
 
@@ -67,36 +113,11 @@ def multiplications(model: nn.Module, run: Callable[[], object]) -> int:
 
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     hooks = [conv.register_forward_hook(count) for conv in convs]
-    run()
+    function()
     for hook in hooks:
         hook.remove()
     return sum(counts)
 
 
-def main(quick: bool = False) -> None:
-    """Measure ResNet-18 and ResNet-50 on 16 batches of 16, 96x96."""
-    models = import_torchvision().models
-    rounds, lines = (2 if quick else 7), []
-    data = [torch.randn(16, 3, 96, 96) * (1 + i / 10) for i in range(4 if quick else 16)]
-    case = f"{len(data)} batches of (16, 3, 96, 96)"
-    for name in ["resnet18"] if quick else ["resnet18", "resnet50"]:
-        torch.manual_seed(0)
-        functions = contestants(getattr(models, name)(), data, ["pooled", "layerwise"])
-        timings = compare(functions, rounds=rounds, calls=1)
-        lines += rows(f"{name}, {case}", timings, BARE)
-    model = models.resnet18()
-    functions = contestants(model, data, ["sweeps"])
-    timings = compare(functions, rounds=2 if quick else 3, calls=1)
-    lines += rows(f"resnet18 (20 layers), {case}", timings, BARE)
-    one, all_sweeps = (multiplications(model, run) for run in functions.values())
-    lines.append(f"| the same | its multiplications, in forwards | | | {all_sweeps / one:.3f} |")
-    functions = contestants(model, data, ["pooled"])
-    functions.pop(BARE)
-    functions["the same without standard errors"] = partial(without_errors, model, data)
-    timings = compare(functions, rounds=3 * rounds, calls=1)
-    lines += rows(f"resnet18, {case}", timings, "the same without standard errors")
-    write("bench_layerwise", lines, quick=quick)
-
-
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("layerwise")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import rows, write
-from benchmarks.timing import compare
+from benchmarks import command
+from benchmarks.rows import Row, Run
+from benchmarks.workloads import TRAINING_PASSES, Shape, Work, compare_layers, forward_backward
 from bnstats import MovingAverageBatchNorm2d
 
-SHAPES = [(2, 64, 56, 56), (2, 256, 28, 28), (2, 2048, 7, 7), (32, 64, 32, 32)]
 OPTIONS = {"window": 16, "warmup": 20, "renorm_warmup": 30}
 
 
@@ -72,33 +72,62 @@ class DirectTranscription(nn.Module):
         return _Formulas.apply(input, self.weight, self.bias, self)
 
 
-def step(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
-    """Return a forward and backward of a layer whose windows are warm."""
-    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+TORCH = "nn.BatchNorm2d"
+OURS = "MovingAverageBatchNorm2d"
+LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    TORCH: nn.BatchNorm2d,
+    OURS: partial(MovingAverageBatchNorm2d, **OPTIONS),
+    "direct transcription": partial(DirectTranscription, **OPTIONS),
+}
+SHAPES: dict[Shape, float] = {
+    (2, 64, 56, 56): 1.0,
+    (2, 256, 28, 28): 1.1,
+    (2, 2048, 7, 7): 1.25,
+    (32, 64, 32, 32): 0.8,
+}
+COMPILED = 1.15
 
-    def run() -> None:
-        x.grad = None
-        layer(x).backward(grad)
 
+def measure(run: Run) -> list[Row]:
+    """Measure the layers at every shape, and again compiled."""
+    measured = []
+    for shape, at_most in SHAPES.items():
+        measured += compare_layers(
+            "forward and backward",
+            shape,
+            {name: _warm(layer(shape[1]), shape) for name, layer in LAYERS.items()},
+            TORCH,
+            passes=TRAINING_PASSES,
+            at_most={OURS: at_most},
+            rounds=3 if run.quick else 60,
+            calls=1 if run.quick else 10,
+        )
+    for shape in list(SHAPES)[: 1 if run.quick else None]:
+        torch.compiler.reset()  # every shape is compiled by itself
+        measured += compare_layers(
+            "compiled forward and backward",
+            shape,
+            {name: _warm(_compiled(LAYERS[name](shape[1])), shape) for name in (TORCH, OURS)},
+            TORCH,
+            passes=TRAINING_PASSES,
+            at_most={OURS: COMPILED},
+            rounds=3 if run.quick else 60,
+            calls=1 if run.quick else 10,
+        )
+    return measured
+
+
+def _compiled(layer: nn.Module) -> nn.Module:
+    return torch.compile(layer, fullgraph=True, dynamic=False)
+
+
+def _warm(layer: nn.Module, shape: Shape) -> Work:
+    """Return a forward and backward of a layer whose windows are full."""
+    work = forward_backward(layer, shape)
     for _ in range(OPTIONS["renorm_warmup"] + 1):
-        run()
-    return run
-
-
-def main(quick: bool = False) -> None:
-    """Measure the three layers at every shape."""
-    lines = []
-    for shape in SHAPES:
-        layers = {
-            "nn.BatchNorm2d": nn.BatchNorm2d(shape[1]),
-            "MovingAverageBatchNorm2d": MovingAverageBatchNorm2d(shape[1], **OPTIONS),
-            "direct transcription": DirectTranscription(shape[1], **OPTIONS),
-        }
-        functions = {name: step(layer, shape) for name, layer in layers.items()}
-        timings = compare(functions, rounds=5 if quick else 60, calls=10)
-        lines += rows(f"forward and backward, {shape}", timings, "nn.BatchNorm2d")
-    write("bench_moving_average", lines, quick=quick)
+        work()
+    return work
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("moving_average")

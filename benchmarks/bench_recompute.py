@@ -1,62 +1,78 @@
-"""Recalibration against the bare training-mode forward, torch's and fvcore's."""
+"""Pooled recalibration against the bare training-mode forward, torch's and fvcore's."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
-import torch
-from fvcore.nn.precise_bn import update_bn_stats
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch import nn
 
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import rows, write
+from benchmarks import command
+from benchmarks.machine import device
+from benchmarks.peers import (
+    FVCORE,
+    UPDATE_BN,
+    fvcore_update_bn_stats,
+    import_timm,
+    torch_update_bn,
+)
+from benchmarks.rows import Row, Run, rows
 from benchmarks.timing import compare
+from benchmarks.workloads import (
+    COPY_INPUTS,
+    batches,
+    copy_of_inputs,
+    forward,
+    torchvision_model,
+)
 
-BARE = "bare forward, training mode"
-
-
-def contestants(model: nn.Module, data: list[Tensor]) -> dict[str, Callable[[], object]]:
-    """Return what is compared: each does one pass over the data."""
-
-    def forward(training: bool) -> None:
-        model.train(training)
-        with torch.no_grad():
-            for x in data:
-                model(x)
-
-    def fvcore() -> None:
-        model.train()
-        with torch.no_grad():
-            update_bn_stats(model, data, len(data))
-
-    return {
-        BARE: lambda: forward(True),
-        "bare forward, evaluation mode": lambda: forward(False),
-        "bnstats.recompute_population_stats": lambda: bnstats.recompute_population_stats(
-            model, data
-        ),
-        "torch.optim.swa_utils.update_bn": lambda: update_bn(data, model),
-        "fvcore update_bn_stats": fvcore,
-    }
+TRAINING = "bare forward, training mode"
+EVALUATION = "bare forward, evaluation mode"
+OURS = "recompute_population_stats"
+PEERS = {UPDATE_BN: torch_update_bn, FVCORE: fvcore_update_bn_stats}
+MODELS = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "mobilenet_v2": "MobileNetV2"}
+AGAINST_BARE = 0.95
+AGAINST_PEERS = 1.0
 
 
-def main(quick: bool = False) -> None:
-    """Measure ResNet-50, ResNet-18 and MobileNetV2, batch 8, 96x96."""
-    models = import_torchvision().models
-    names = ["resnet18"] if quick else ["resnet50", "resnet18", "mobilenet_v2"]
-    lines = []
-    for name in names:
-        torch.manual_seed(0)
-        data = [torch.randn(8, 3, 96, 96) for _ in range(2 if quick else 24)]
-        timings = compare(
-            contestants(getattr(models, name)(), data), rounds=3 if quick else 9, calls=1
-        )
-        lines += rows(f"{name}, {len(data)} batches of (8, 3, 96, 96)", timings, BARE)
-    write("bench_recompute", lines, quick=quick)
+def measure(run: Run) -> list[Row]:
+    """Measure the models of the promises, and one of timm's, whose layers activate too."""
+    measured = []
+    for model, name in MODELS.items():
+        measured += _measure(torchvision_model(model), name, run, promised=True)
+    timm_model = import_timm().create_model("mobilenetv3_small_100").to(device())
+    return measured + _measure(timm_model, "timm's MobileNetV3", run, promised=False)
+
+
+def _measure(model: nn.Module, name: str, run: Run, *, promised: bool) -> list[Row]:
+    data = batches(2, 2, 3, 64, 64) if run.quick else batches(24, 8, 3, 96, 96)
+    recalibrations = {OURS: bnstats.recompute_population_stats, **PEERS}
+    timings = compare(
+        {
+            TRAINING: forward(model, data, training=True),
+            EVALUATION: forward(model, data, training=False),
+            **{what: partial(function, model, data) for what, function in recalibrations.items()},
+            COPY_INPUTS: copy_of_inputs(model, data),
+        },
+        rounds=1 if run.quick else 15,
+    )
+    # whatever recalibrates runs the forward, and reads the input of every layer once more
+    limit = timings[EVALUATION].median + timings[COPY_INPUTS].median / 2
+    measured = rows(
+        f"recalibration, {len(data)} batches of {tuple(data[0].shape)}",
+        name,
+        timings,
+        TRAINING,
+        at_most={OURS: AGAINST_BARE} if promised else {},
+        limits=dict.fromkeys(recalibrations, limit),
+    )
+    (ours,) = (row for row in measured if row.what == OURS)
+    at_most = AGAINST_PEERS if promised else None
+    return measured + [
+        replace(ours, against=peer, base=timings[peer].median, at_most=at_most) for peer in PEERS
+    ]
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("recompute")

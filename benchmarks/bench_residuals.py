@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 
 import torch
-from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import update_bn
 
 import bnstats
-from benchmarks.peers import import_torchvision
-from benchmarks.report import RESULTS, machine
+from benchmarks import command
+from benchmarks.machine import device
+from benchmarks.peers import FVCORE, UPDATE_BN, fvcore_update_bn_stats, torch_update_bn
+from benchmarks.rows import Row, Run
+from benchmarks.workloads import torchvision_model
 from bnstats import Moments
 
 
-def fvcore(model: nn.Module, data: list[Tensor]) -> None:
-    """Recalibrate with fvcore, which wants a model in training mode."""
-    model.train()
-    with torch.no_grad():
-        update_bn_stats(model, data, len(data))
-
-
-def bnstats_with(method: str) -> Callable[[nn.Module, list[Tensor]], object]:
+def _bnstats_with(method: str) -> Callable[[nn.Module, list[Tensor]], object]:
     """Return a recalibration with bnstats."""
     return lambda model, data: bnstats.recompute_population_stats(
         model, data, method=method, correction=0
@@ -33,16 +26,16 @@ def bnstats_with(method: str) -> Callable[[nn.Module, list[Tensor]], object]:
 
 
 WAYS: dict[str, Callable[[nn.Module, list[Tensor]], object]] = {
-    "torch.optim.swa_utils.update_bn": lambda model, data: update_bn(data, model),
-    "fvcore update_bn_stats": fvcore,
-    'bnstats, method="pooled"': bnstats_with("pooled"),
-    'bnstats, method="layerwise"': bnstats_with("layerwise"),
-    'bnstats, method="sweeps"': bnstats_with("sweeps"),
+    UPDATE_BN: torch_update_bn,
+    FVCORE: fvcore_update_bn_stats,
+    'bnstats, method="pooled"': _bnstats_with("pooled"),
+    'bnstats, method="layerwise"': _bnstats_with("layerwise"),
+    'bnstats, method="sweeps"': _bnstats_with("sweeps"),
 }
 
 
 @torch.no_grad()
-def residuals(model: nn.Module, data: list[Tensor]) -> tuple[float, float]:
+def _residuals(model: nn.Module, data: list[Tensor]) -> tuple[float, float]:
     """Return the largest mean and the largest relative error of a variance after normalizing.
 
     Over all data in evaluation mode, of each layer's output before weight and bias, in every
@@ -71,31 +64,25 @@ def residuals(model: nn.Module, data: list[Tensor]) -> tuple[float, float]:
     return max(means), max(variances)
 
 
-def main(quick: bool = False) -> None:
-    """Recalibrate on 16 batches whose scale grows from 1 to 2.5."""
-    torch.manual_seed(0)
-    original = import_torchvision().models.resnet18()
-    count = 4 if quick else 16
-    data = [torch.randn(8, 3, 64, 64) * (1 + 1.5 * i / (count - 1)) for i in range(count)]
-    lines = [
-        f"`python -m benchmarks.bench_residuals` on {machine()}.",
-        "",
-        f"ResNet-18, {count} batches of (8, 3, 64, 64) whose scale grows from 1 to 2.5: the worst",
-        "channel of all layers, over all data in evaluation mode.",
-        "",
-        "| recalibrated by | mean after normalizing, sd | variance, relative error |",
-        "| --- | --- | --- |",
-    ]
+def measure(run: Run) -> list[Row]:
+    """Recalibrate on batches whose scale grows from 1 to 2.5; look at the worst channel of all."""
+    original = torchvision_model("resnet18")
+    shape = (2, 3, 32, 32) if run.quick else (8, 3, 64, 64)
+    count = 4 if run.quick else 16
+    scales = torch.linspace(1, 2.5, count)
+    data = [torch.randn(shape, device=device()) * float(scale) for scale in scales]
+    work = f"ResNet-18 evaluated on its {count} batches of {shape}, the worst channel"
+    measured = []
     for name, recalibrate in WAYS.items():
         model = copy.deepcopy(original)
         recalibrate(model, data)
-        mean, var = residuals(model, data)
-        lines.append(f"| {name} | {mean:.2g} | {var:.2g} |")
-    text = "\n".join([*lines, ""])
-    print(text)
-    if not quick:
-        (RESULTS / "residuals.md").write_text(text)
+        mean, var = _residuals(model, data)
+        measured += [
+            Row(work, "mean after normalizing", name, mean, unit="sd"),
+            Row(work, "variance after normalizing", name, var, unit="relative error"),
+        ]
+    return measured
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    command.main("residuals")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.report import RESULTS, machine
+from benchmarks import command
+from benchmarks.machine import device
+from benchmarks.rows import Row, Run
 from bnstats import (
     CenteredConv2d,
     CenteredLinear,
@@ -49,7 +50,7 @@ class Setting:
 
 
 @dataclass
-class Run:
+class Training:
     """What one training gave: loss per step, and test error in % now and then."""
 
     losses: list[float] = field(default_factory=list)
@@ -106,68 +107,64 @@ TABLES = {
 }
 
 
-def train(setting: Setting, digits: Digits, *, steps: int, seed: int) -> Run:
+def train(setting: Setting, digits: Digits, *, steps: int, seed: int) -> Training:
     """Train with one-cycle learning rates, and look at the test error every tenth of the way."""
     torch.manual_seed(seed)
-    model, run = setting.make(), Run()
+    model, training = setting.make().to(device()), Training()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    images, labels = digits.train.tensors
+    images, labels = (tensor.to(device()) for tensor in digits.train.tensors)
     order = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         chosen = torch.randint(len(images), (GRADIENT_BATCH,), generator=order)
         optimizer.zero_grad()
-        loss = torch.zeros(())
+        loss = torch.zeros((), device=device())
         for part in chosen.split(setting.batch):
             part_loss = F.cross_entropy(model(images[part]), labels[part], reduction="sum")
             (part_loss / GRADIENT_BATCH).backward()
             loss += part_loss.detach() / GRADIENT_BATCH
         optimizer.step()
         schedule.step()
-        run.losses.append(round(float(loss), 4))
+        training.losses.append(round(float(loss), 4))
         if step % max(steps // 10, 1) == 0:
-            run.errors[step] = test_error(model, *digits.test.tensors)
-    return run
+            training.errors[step] = test_error(model, *digits.test.tensors)
+    return training
 
 
 @torch.no_grad()
 def test_error(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Return the percentage of wrong answers in evaluation mode."""
     model.eval()
-    wrong = (model(images).argmax(1) != labels).float().mean()
+    wrong = (model(images.to(device())).argmax(1) != labels.to(device())).float().mean()
     model.train()
     return round(100 * float(wrong), 2)
 
 
-def table(name: str, *, quick: bool) -> None:
-    """Print a table of test errors; keep it and each row's first curves, unless quick."""
-    seeds, steps = (1, 20) if quick else (5, 400)
-    curves = {}
-    lines = [
-        f"`python -m benchmarks.bench_small_batch {name}` on {machine()}.",
-        f"{steps} steps, {seeds} seeds; test error in %.",
-        "",
-        "| normalization | batch | median | range |",
-        "| --- | --- | --- | --- |",
-    ]
-    print("\n".join(lines))
-    for setting in TABLES[name]:
-        runs = [train(setting, Digits.load(seed), steps=steps, seed=seed) for seed in range(seeds)]
-        errors = [run.error for run in runs]
-        spread = f"{statistics.median(errors):.1f} | {min(errors):.1f} to {max(errors):.1f}"
-        lines.append(f"| {setting.name} | {setting.batch} | {spread} |")
-        print(lines[-1], flush=True)
-        curves[f"{setting.name}, batch {setting.batch}"] = vars(runs[0])
-    if not quick:
-        (RESULTS / f"small_batch_{name}.md").write_text("\n".join([*lines, ""]))
-        (RESULTS / f"small_batch_{name}.json").write_text(json.dumps(curves))
+def measure(run: Run) -> list[Row]:
+    """Train every setting on a few seeds; keep each setting's first curves.
 
-
-def main(quick: bool = False, names: Sequence[str] = ()) -> None:
-    """Measure the tables of these names, or all."""
-    for name in names or TABLES:
-        table(name, quick=quick)
+    The spread is the range of the seeds.
+    """
+    seeds, steps = (1, 2) if run.quick else (5, 400)
+    digits = [Digits.load(seed) for seed in range(seeds)]
+    work = f"test error on digits, {steps} steps, {seeds} seeds"
+    measured = []
+    for table, settings in TABLES.items():
+        curves = {}
+        for setting in settings:
+            trained = [
+                train(setting, data, steps=steps, seed=seed) for seed, data in enumerate(digits)
+            ]
+            errors = [training.error for training in trained]
+            what = f"{setting.name}, batch {setting.batch}"
+            summary = (statistics.median(errors), min(errors), max(errors))
+            measured.append(Row(work, table, what, *summary, unit="%"))
+            curves[what] = vars(trained[0])
+        folder = run.folder / "curves"
+        folder.mkdir(exist_ok=True)
+        (folder / f"small_batch_{table}.json").write_text(json.dumps(curves))
+    return measured
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv, [name for name in sys.argv[1:] if name in TABLES])
+    command.main("small_batch")

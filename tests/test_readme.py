@@ -1,5 +1,6 @@
 """The README is run, and says the commands that CI runs."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def test_ci_runs_the_readmes_test_command():
     commands = re.findall(r"```bash\n(.*?)\n```", README, re.DOTALL)
     (command,) = [command for command in commands if "pytest" in command]
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_performance_table_is_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    readme = importlib.import_module("benchmarks.readme")
+    table = README.split(readme.BEGIN)[1].split(readme.END)[0]
+    assert table.strip() == readme.performance(ROOT / "benchmarks" / "results" / "cpu").strip()

@@ -1,0 +1,126 @@
+"""On a CUDA device: no host synchronization, capture into a graph, achieved bandwidth."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import bnstats
+from benchmarks import command
+from benchmarks.machine import device
+from benchmarks.rows import Row, Run, rows
+from benchmarks.timing import compare
+from benchmarks.workloads import (
+    TRAINING_PASSES,
+    Work,
+    compare_layers,
+    forward_backward,
+    torchvision_model,
+    training_step,
+)
+
+FAMILIES = ["ema", "cumulative", "moving_average"]
+SIZE = (16, 3, 64, 64)
+LARGE = (256, 64, 56, 56)
+TORCH = "nn.BatchNorm2d"
+LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    TORCH: nn.BatchNorm2d,
+    "EMABatchNorm2d": bnstats.EMABatchNorm2d,
+    "CumulativeBatchNorm2d": bnstats.CumulativeBatchNorm2d,
+    "MovingAverageBatchNorm2d": partial(bnstats.MovingAverageBatchNorm2d, warmup=0),
+}
+
+
+def measure(run: Run) -> list[Row]:
+    """Measure a training step with each family, and each layer where memory is the limit."""
+    if device().type != "cuda":
+        print("left out: there is no CUDA device;", end=" ")
+        return []
+    measured = []
+    for family in FAMILIES:
+        model = bnstats.convert_batchnorm(torchvision_model("resnet18"), family)
+        measured += [_synchronizations(copy.deepcopy(model), family), *_graph(model, family, run)]
+    return measured + compare_layers(
+        "forward and backward",
+        LARGE,
+        {name: forward_backward(layer(LARGE[1]), LARGE) for name, layer in LAYERS.items()},
+        TORCH,
+        passes=TRAINING_PASSES,
+        at_most={},
+        rounds=3 if run.quick else 60,
+        calls=1 if run.quick else 10,
+    )
+
+
+def _synchronizations(model: nn.Module, family: str) -> Row:
+    """Take one training step in which the host may wait for nothing."""
+    step, found = training_step(model, SIZE), 0
+    step()  # what is made once, such as handles and momentum buffers, may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        found = 1
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    work = "host synchronization in a ResNet-18 training step"
+    return Row(work, str(SIZE), family, found, unit="found", at_most=0)
+
+
+def _graph(model: nn.Module, family: str, run: Run) -> list[Row]:
+    """Compare a captured training step with the eager one: what it leaves, and its time."""
+    torch.manual_seed(0)
+    eager_model = copy.deepcopy(model)
+    eager_step = training_step(eager_model, SIZE)
+    torch.manual_seed(0)  # the same batch
+    replay, warmups = _captured(model, training_step(model, SIZE))
+    for _ in range(3):
+        replay()
+    for _ in range(warmups + 3):
+        eager_step()
+    work, what = "ResNet-18 training step", f"{family}, replayed graph"
+    difference = max(map(_difference, _statistics(model), _statistics(eager_model)))
+    eager = f"{family}, eager"
+    functions = {eager: eager_step, what: replay}
+    return [
+        Row(work, str(SIZE), f"{what}, statistics", difference, unit="relative difference"),
+        *rows(work, str(SIZE), compare(functions, rounds=1 if run.quick else 60), eager),
+    ]
+
+
+def _captured(model: nn.Module, step: Work, warmups: int = 3) -> tuple[Work, int]:
+    """Return the replay of a captured step, and how many steps were taken before.
+
+    As torch's notes on CUDA graphs say: warm up on a side stream, and let the capture allocate
+    the gradients. Capturing runs nothing.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmups):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay, warmups
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
+
+
+def _difference(left: Tensor, right: Tensor) -> float:
+    return float(((left - right).abs() / right.abs().clamp(min=1e-12)).max())
+
+
+if __name__ == "__main__":
+    command.main("cuda")

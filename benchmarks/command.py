@@ -1,0 +1,53 @@
+"""The command: find the benchmarks, run them, print one table, leave the results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import readme, report
+from benchmarks.machine import slug
+from benchmarks.rows import Row, Run
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results"
+FOUND = sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("bench_*.py"))
+
+
+def main(*chosen: str) -> None:
+    """Run the benchmarks that are chosen here or named on the command line, or else all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    if not chosen:
+        parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FOUND))
+    parser.add_argument("--quick", action="store_true", help="see whether they run; keep nothing")
+    parser.add_argument("--output", type=Path, help="keep the results here instead")
+    options = parser.parse_args()
+    names = list(chosen) or options.names or FOUND
+    if unknown := set(names) - set(FOUND):
+        parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(FOUND)}")
+    with tempfile.TemporaryDirectory() as nowhere:
+        output = options.output or (Path(nowhere) if options.quick else RESULTS)
+        run = Run(options.quick, output / slug())
+        run.folder.mkdir(parents=True, exist_ok=True)
+        measured = [(name, row) for name in names for row in _measure(name, run)]
+    lines = [[name, *report.cells(row)] for name, row in measured]
+    if lines:
+        print("", *report.table(report.filled([["benchmark", *report.HEADER], *lines])), sep="\n")
+    if output == RESULTS:
+        readme.rewrite(RESULTS / "cpu")
+
+
+def _measure(name: str, run: Run) -> list[Row]:
+    """Run one benchmark, and leave its results."""
+    module = f"benchmarks.bench_{name}"
+    print(f"{module} ...", end=" ", flush=True)
+    start = time.perf_counter()
+    rows = importlib.import_module(module).measure(run)
+    print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    if rows:
+        command = f"python -m {module}{' --quick' * run.quick}"
+        report.write(name, command, rows, run.folder)
+    return rows

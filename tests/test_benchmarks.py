@@ -1,0 +1,143 @@
+"""The benchmarks run, keep what they measure, and measure all that is promised."""
+
+import ast
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "benchmarks").glob("*.py"))
+NAMES = [path.stem.removeprefix("bench_") for path in FILES if path.stem.startswith("bench_")]
+WITHOUT_CUDA = [name for name in NAMES if name != "cuda"]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Run all at a glance; give what it printed, and the folder that it left."""
+    output = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (folder,) = output.iterdir()
+    return done.stdout, folder
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of the benchmarks, which lie beside the tests."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+def test_one_command_runs_every_benchmark_and_prints_one_table(quick):
+    printed, _ = quick
+    assert all(f"benchmarks.bench_{name} ... " in printed for name in NAMES)
+    assert printed.count("\n| ---") == 1
+    assert all(f"\n| {name} | " in printed for name in WITHOUT_CUDA)
+
+
+@pytest.mark.parametrize("name", WITHOUT_CUDA)
+def test_each_leaves_json_and_markdown_that_say_where_they_come_from(quick, name):
+    _, folder = quick
+    content = json.loads((folder / f"{name}.json").read_text())
+    page = (folder / f"{name}.md").read_text()
+    assert content["rows"]
+    assert content["command"] in page
+    assert content["date"] in page
+    assert {"device", "cores", "threads"} == content["machine"].keys()
+    assert {"bnstats", "torch", "python", "numpy", "torchvision", "fvcore", "timm"} == (
+        content["versions"].keys()
+    )
+    assert all(str(said) in page for said in content["machine"].values())
+    assert all(f"{key} {said}" in page for key, said in content["versions"].items())
+    assert page.count("\n| ") == len(content["rows"]) + 2
+
+
+def test_the_scales_are_drawn(quick):
+    _, folder = quick
+    assert (folder / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_missed_promise_is_seen_in_every_table(load, tmp_path):
+    rows, report, readme = load("rows"), load("report"), load("readme")
+    kept = rows.Row("work", "small", "what", 1.0, against="peer", base=1.0, at_most=1.05)
+    missed = rows.Row("work", "large", "what", 1.1, against="peer", base=1.0, at_most=1.05)
+    report.write("layers", "command", [kept, missed], tmp_path)
+    assert "| 1.000 | 1.05 | met |" in (tmp_path / "layers.md").read_text()
+    assert "| 1.100 | 1.05 | MISSED |" in (tmp_path / "layers.md").read_text()
+    assert "| what | work | small / large | peer | 1.000 / **1.100 missed** | 1.05 |" in (
+        readme.performance(tmp_path)
+    )
+
+
+def test_the_readme_changes_between_its_marks_only(load, tmp_path):
+    readme = load("readme")
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    readme.rewrite(tmp_path, page)
+    table = readme.performance(tmp_path)
+    assert page.read_text() == f"before\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_benchmarks_import_nothing_of_the_tests(path):
+    tests = {module.stem for module in (ROOT / "tests").glob("*.py")} | {"tests"}
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    imported = {
+        alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not {name.split(".")[0] for name in imported} & tests
+
+
+SMALL = ["(2, 256, 28, 28)", "(2, 64, 56, 56)", "(8, 32, 8, 8)"]
+LARGE = ["(32, 64, 32, 32)", "(32, 64, 56, 56)"]
+MOVING = ["(2, 64, 56, 56)", "(2, 256, 28, 28)", "(2, 2048, 7, 7)", "(32, 64, 32, 32)"]
+MODELS = ["ResNet-18", "ResNet-50", "MobileNetV2"]
+BATCHNORM = "nn.BatchNorm2d"
+BARE = "bare forward, training mode"
+TRAINING = "forward and backward"
+RECALIBRATION = "recalibration, 24 batches of (8, 3, 96, 96)"
+PEAK = "peak memory of a recalibration, 8 batches of (8, 3, 96, 96)"
+OURS = "recompute_population_stats"
+
+
+def promises():
+    """Give benchmark, work, what, against, and for each size what it is at most to be."""
+    for layer in ("EMABatchNorm2d", "CumulativeBatchNorm2d"):
+        training = dict(zip(SMALL + LARGE, (1.05, 1.05, 1.2, 0.75, 0.75), strict=True))
+        yield "layers", TRAINING, layer, BATCHNORM, training
+        yield "layers", "evaluation forward", layer, BATCHNORM, dict.fromkeys(SMALL, 1.01)
+        yield "layers", "ResNet-18 training step", layer, BATCHNORM, {"(16, 3, 64, 64)": 1.02}
+    layer = "MovingAverageBatchNorm2d"
+    eager = dict(zip(MOVING, (1.0, 1.1, 1.25, 0.8), strict=True))
+    yield "moving_average", TRAINING, layer, BATCHNORM, eager
+    compiled = dict.fromkeys(MOVING, 1.15)
+    yield "moving_average", f"compiled {TRAINING}", layer, BATCHNORM, compiled
+    yield "recompute", RECALIBRATION, OURS, BARE, dict.fromkeys(MODELS, 0.95)
+    for peer in ("torch.optim.swa_utils.update_bn", "fvcore update_bn_stats"):
+        yield "recompute", RECALIBRATION, OURS, peer, dict.fromkeys(MODELS, 1.0)
+    work, against = "measurement, 16 batches of (16, 3, 96, 96)", "bare forward, evaluation mode"
+    yield "layerwise", work, 'method="layerwise"', against, dict.fromkeys(MODELS[:2], 1.4)
+    yield "memory", PEAK, OURS, BARE, dict.fromkeys(MODELS, 1.01)
+    yield "import", "import", "bnstats after torch", None, {"fresh process": 0.1}
+    for what in ("mean", "variance"):
+        work, size = "sequential merges in float64", "1,000,000 merges"
+        yield "merges", work, what, None, {size: 1e-12}
+
+
+@pytest.mark.parametrize(("name", "work", "what", "against", "at_most"), list(promises()))
+def test_the_kept_results_have_every_promise(name, work, what, against, at_most):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    kept = {
+        row["size"]: row["at_most"]
+        for row in rows
+        if (row["work"], row["what"], row["against"]) == (work, what, against)
+        and row["at_most"] is not None
+    }
+    assert kept == at_most
