@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks import readme, report
 from benchmarks.machine import slug
 from benchmarks.rows import Row, Run
+from benchmarks.timing import keep_freed_memory
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
@@ -28,6 +29,7 @@ def main(*chosen: str) -> None:
     names = list(chosen) or options.names or FOUND
     if unknown := set(names) - set(FOUND):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(FOUND)}")
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as nowhere:
         output = options.output or (Path(nowhere) if options.quick else RESULTS)
         run = Run(options.quick, output / slug())

@@ -1,30 +1,32 @@
 """The mean of the last m values, in ring buffers: step t has slot ``t mod m``.
 
 Steps count from 1. A step of 0 is one that does not count: it has no slot. A step is a number
-where the host knows it, else a tensor of shape () that the host does not wait for.
+where the host knows it; rings and values may be numpy's arrays then, whose small operations cost
+a third of torch's. Else it is a tensor of shape () that the host does not wait for.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Step: TypeAlias = int | Tensor
+Values: TypeAlias = Any
+"""A Tensor, or an NDArray beside steps that are numbers."""
 
 
-def write(ring: Tensor, step: Step, value: Tensor) -> None:
+def write(ring: Values, step: Step, value: Values) -> None:
     """Write a step's value, of shape (..., C), into its slot of a ring, of shape (m, ..., C)."""
     if isinstance(step, Tensor):
-        slot = _slot_of(step, ring).view(-1, *[1] * value.dim())
-        torch.where(slot, value, ring, out=ring)
+        _write_on_device(ring, step, value)
     elif step:
-        ring[step % len(ring)].copy_(value)
+        ring[step % len(ring)] = value
 
 
-def windowed(ring: Tensor, step: Step, value: Tensor, warmup: int) -> Tensor:
+def windowed(ring: Values, step: Step, value: Values, warmup: int) -> Values:
     """Return the mean of the ring once the step is warm, until then the step's own value.
 
     Warm is a step after more than m and at least ``warmup`` steps.
@@ -32,10 +34,10 @@ def windowed(ring: Tensor, step: Step, value: Tensor, warmup: int) -> Tensor:
     if isinstance(step, Tensor):
         return torch.where(step >= _warm_from(ring, warmup), ring.mean(0), value)
     # A mean takes twice as long as a sum.
-    return ring.sum(0).div_(len(ring)) if step >= _warm_from(ring, warmup) else value
+    return ring.sum(0) / len(ring) if step >= _warm_from(ring, warmup) else value
 
 
-def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) -> Tensor:
+def add(ring: Values, owners: Values, step: Step, value: Values, warmup: int) -> Values:
     """Add a value of a step to its slot; return its part in the window's mean.
 
     Values of one step may come in several parts, in any order of steps. ``owners``, of shape
@@ -55,15 +57,20 @@ def add(ring: Tensor, owners: Tensor, step: Step, value: Tensor, warmup: int) ->
     slot, taken = step % len(ring), owners.tolist()
     owner = taken[slot]
     if owner == step:
-        ring[slot].add_(value)
+        ring[slot] += value
     elif owner < step:
-        ring[slot].copy_(value)
-        owners[slot], taken[slot] = step, step
+        ring[slot] = value
+        owners[slot] = taken[slot] = step
     if step < _warm_from(ring, warmup):
         return value
     oldest = max(step - 2 * len(ring), 0)
     recent = ring if min(taken) > oldest else ring[owners > oldest]
     return (value if owner == step else recent.sum(0)) / len(recent)
+
+
+def _write_on_device(ring: Tensor, step: Tensor, value: Tensor) -> None:
+    slot = _slot_of(step, ring).view(-1, *[1] * value.dim())
+    torch.where(slot, value, ring, out=ring)
 
 
 def _add_on_device(
@@ -87,16 +94,16 @@ def latest_steps(num_steps: Tensor, ring: Tensor) -> Tensor:
     return num_steps - (num_steps - slots) % len(ring)
 
 
-def is_finite(value: Tensor) -> bool:
+def is_finite(value: Values) -> bool:
     """Ask on the host whether all of a value is finite."""
     # A sum is finite if all of it is, but for sums at the edge of what the dtype holds.
     return math.isfinite(value.sum())
 
 
-def _slot_of(step: Tensor, ring: Tensor) -> Tensor:
-    slots = torch.arange(len(ring), device=ring.device)
+def _slot_of(step: Tensor, ring: Values) -> Tensor:
+    slots = torch.arange(len(ring), device=step.device)
     return (slots == step % len(ring)) & (step > 0)
 
 
-def _warm_from(ring: Tensor, warmup: int) -> int:
+def _warm_from(ring: Values, warmup: int) -> int:
     return max(len(ring) + 1, warmup)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from bnstats.reduction import wide_dtype
 class RunningStatsBatchNorm(_BatchNorm):
     """BatchNorm whose running statistics follow the core's recursion.
 
-    A subclass says with :meth:`_weights` how a batch is weighed. Training normalizes by the
+    A subclass says with :meth:`_weigh` how a batch is weighed. Training normalizes by the
     batch's own statistics and evaluation by the running ones, both with
     :func:`torch.nn.functional.batch_norm`, as ``nn.BatchNorm`` does.
     """
@@ -49,15 +48,12 @@ class RunningStatsBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
     @abstractmethod
-    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:
-        """Return the weights of a batch of so many values.
+    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:
+        """Count a batch of so many values, and return the weights that it has.
 
-        ``read`` gives a counter as a number where the host knows it, else as the tensor it is.
+        ``counted`` is 1 where the host knows that the batch counts. Elsewhere it is a tensor,
+        0 for one that does not; its weights are those that it would have.
         """
-
-    def _count(self, batch_values: int, counted: Tensor | int) -> None:  # noqa: ARG002
-        """Count the batch just folded in; ``counted`` is 1, or 0 where it was not finite."""
-        increase_(self._buffers["num_batches_tracked"], counted)
 
     def statistics_about_zero(self) -> bool:
         """Whether running_mean is always 0, and running_var about zero."""
@@ -94,27 +90,41 @@ class RunningStatsBatchNorm(_BatchNorm):
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
         count = input.numel() // self.num_features
+        if count == 1:
+            raise InvalidValueError(
+                f"{type(self).__name__}({self.num_features}): expected more than 1 value per "
+                f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
+                "leave such a batch out, or use MovingAverageBatchNorm"
+            )
         if not torch.compiler.is_compiling() and fast_moments.pays_for(input, running_mean):
+            weight, bias = self.weight, self.bias
             output, mean, var = fast_moments.batch_norm(input, weight, bias, self.eps)
         else:
-            # The batch's statistics come out in the parameters' dtype; half is too coarse.
-            dtype = running_mean.dtype
-            if dtype in (torch.float16, torch.bfloat16):
-                dtype = torch.float32
-                weight = None if weight is None else weight.float()
-                bias = None if bias is None else bias.float()
-            # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
-            # pass over the input. Autograd keeps them, so they are not written to afterwards.
-            mean = torch.zeros_like(running_mean, dtype=dtype)
-            var = torch.zeros_like(running_mean, dtype=dtype)
-            output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
+            output, mean, var = self._normalize(input, running_mean)
         # A batch of no values has no statistics; a recomputed one has been counted.
         if count > 0 and not in_backward_pass():
             self._track(mean, var, count)
         return output
+
+    def _normalize(self, input: Tensor, running_mean: Tensor) -> fast_moments.Normalized:
+        """Return the output, and the batch's mean and unbiased variance."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        # The batch's statistics come out in the parameters' dtype; half is too coarse.
+        dtype = running_mean.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+            weight = None if weight is None else weight.float()
+            bias = None if bias is None else bias.float()
+        # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
+        # pass over the input. Autograd keeps them, so they are not written to afterwards.
+        mean = torch.zeros_like(running_mean, dtype=dtype)
+        var = torch.zeros_like(running_mean, dtype=dtype)
+        # What F.batch_norm calls after checks that are done: they cost a microsecond.
+        use_cudnn = torch.backends.cudnn.enabled
+        output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
+        return fast_moments.Normalized(output, mean, var)
 
     def _track(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
         """Fold a batch's mean and unbiased variance in, unless they are not finite."""
@@ -130,19 +140,16 @@ class RunningStatsBatchNorm(_BatchNorm):
             # Numbers are cheaper than small tensors.
             if not math.isfinite(largest):
                 return
-            fold_(mean, var, batch_mean, batch_var, self._weights(batch_values, int))
-            counted: Tensor | int = 1
+            fold_(mean, var, batch_mean, batch_var, self._weigh(batch_values, 1))
         else:
             # The host must not wait for the device: the choice is made there.
             finite = largest.isfinite()
-            weights = self._weights(batch_values, _wide)
+            weights = self._weigh(batch_values, finite.long())
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
-            counted = finite.long()
         if mean is not running_mean:
             running_mean.copy_(mean)
             running_var.copy_(var)
-        self._count(batch_values, counted)
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -150,18 +157,17 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling()
 
 
-def increase_(counter: Tensor | None, by: Tensor | int) -> None:
-    """Add to a counter in place; a number that the host knows is filled in, at half the cost."""
+def count_(counter: Tensor | None, by: int, counted: Tensor | int) -> Number:
+    """Add to a counter what counts, and return what it is with this batch, as a wide number."""
     assert counter is not None
-    if isinstance(by, int) and on_host(counter):
-        counter.fill_(int(counter) + by)
-    else:
-        counter.add_(by)
-
-
-def _wide(counter: Tensor) -> Tensor:
-    """Return a counter from which weights can be computed without rounding to half or float."""
-    return counter.to(wide_dtype(counter.device))
+    if isinstance(counted, int):
+        number = int(counter) + by
+        counter.fill_(number)  # at half the cost of adding
+        return number
+    # Weights are computed from it without rounding to half or float.
+    number_there = counter.to(wide_dtype(counter.device)) + by
+    counter.add_(counted * by)
+    return number_there
 
 
 def check_count(name: str, argument: str, value: Any, least: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from bnstats.accumulators import cumulative
 from bnstats.accumulators.exponential import averaging
-from bnstats.layers.base import RunningStatsBatchNorm, increase_
-from bnstats.moments import Number, Weights
+from bnstats.layers.base import RunningStatsBatchNorm, count_
+from bnstats.moments import Weights
 
 
 class CumulativeBatchNorm(RunningStatsBatchNorm):
@@ -84,20 +83,16 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         counter = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("num_values_tracked", counter)
 
-    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:
+    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:
+        count_(self._buffers["num_batches_tracked"], 1, counted)
+        counter = self._buffers["num_values_tracked"]
+        if self.momentum == 1:
+            assert counter is not None
+            counter.mul_(1 - counted)
+        num_values = count_(counter, batch_values, counted)
         if self.momentum == 1:
             return averaging(1, pooled=False)
-        counter = self._buffers["num_values_tracked"]
-        assert counter is not None
-        return cumulative(read(counter), batch_values)
-
-    def _count(self, batch_values: int, counted: Tensor | int) -> None:
-        super()._count(batch_values, counted)
-        counter = self._buffers["num_values_tracked"]
-        assert counter is not None
-        if self.momentum == 1:
-            counter.mul_(1 - counted)
-        increase_(counter, counted * batch_values)
+        return cumulative(num_values - batch_values, batch_values)
 
     def reset_running_stats(self) -> None:
         """Forget all values: mean 0, variance 1, counters 0."""

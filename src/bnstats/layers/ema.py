@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnstats.accumulators import exponential, per_batch
-from bnstats.layers.base import RunningStatsBatchNorm
-from bnstats.moments import Number, Weights
+from bnstats.layers.base import RunningStatsBatchNorm, count_
+from bnstats.moments import Weights
 
 
 class EMABatchNorm(RunningStatsBatchNorm):
@@ -88,10 +88,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
         self.debias = debias
         self.pooled = pooled
 
-    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
-        counter = self._buffers["num_batches_tracked"]
-        assert counter is not None
-        num_batches = read(counter) + 1
+    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:  # noqa: ARG002
+        num_batches = count_(self._buffers["num_batches_tracked"], 1, counted)
         if self.momentum is None:
             return per_batch(num_batches, pooled=self.pooled)
         return exponential(num_batches, self.momentum, debias=self.debias, pooled=self.pooled)

@@ -14,9 +14,9 @@ from bnstats.accumulators import per_batch
 from bnstats.accumulators.exponential import averaging
 from bnstats.errors import BnstatsWarning, InvalidValueError
 from bnstats.layers.about_zero import HALF, about_zero, check_dtype, far_from_zero
-from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number
+from bnstats.layers.base import RunningStatsBatchNorm, check_count, check_number, count_
 from bnstats.layers.windows import Scale, Schedule, Windows, take_step
-from bnstats.moments import Number, Weights
+from bnstats.moments import Weights
 from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_square
 
@@ -184,11 +184,11 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
         ratio = torch.where(step > max(self.renorm_warmup, self.warmup), ratio, 1)
         return torch.zeros_like(var), var, ratio
 
-    def _weights(self, batch_values: int, read: Callable[[Tensor], Number]) -> Weights:  # noqa: ARG002
-        if self.momentum is not None:
-            return averaging(self.momentum, pooled=False)
-        assert self.num_batches_tracked is not None
-        return per_batch(read(self.num_batches_tracked) + 1)
+    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:  # noqa: ARG002
+        num_batches = count_(self._buffers["num_batches_tracked"], 1, counted)
+        if self.momentum is None:
+            return per_batch(num_batches)
+        return averaging(self.momentum, pooled=False)
 
     def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
         running_var = self.running_var
@@ -213,19 +213,20 @@ class MovingAverageBatchNorm(RunningStatsBatchNorm):
     def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
         """Take the core's step about zero, where no means take part, and count the batch."""
         var, _, step = scale
-        before = running_var.to(var.dtype)
         if isinstance(step, Tensor):
-            weights = self._weights(batch_values, lambda counter: counter)
+            before = running_var.to(var.dtype)
+            weights = self._weigh(batch_values, (step > 0).long())
             after = weights.keep * before + weights.gain * var
             running_var.copy_(torch.where(step > 0, after, before))
-            self._count(batch_values, (step > 0).long())
         elif step:
-            weights = self._weights(batch_values, int)
-            running_var.copy_(before.lerp(var, weights.gain))
-            self._count(batch_values, 1)
+            gain = self._weigh(batch_values, 1).gain
+            if running_var.dtype == var.dtype:
+                running_var.lerp_(var, gain)
+            else:
+                running_var.copy_(running_var.to(var.dtype).lerp(var, gain))
 
     def _windows(self) -> Windows:
-        return Windows(*(getattr(self, name) for name in _WINDOWS))
+        return Windows(*(self._buffers[name] for name in _WINDOWS))  # type: ignore[arg-type]
 
     def _schedule(self) -> Schedule:
         return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)

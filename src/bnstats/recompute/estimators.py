@@ -68,7 +68,7 @@ _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 def _symmetric(kept: Tensor) -> Tensor:
     """Return the matrix, (3, 3, C), of these entries, (6, C)."""
     matrix: Tensor = kept[[0, 1, 2, 1, 3, 4, 2, 4, 5]]
-    return matrix.unflatten(0, (3, 3))
+    return matrix.view(3, 3, *kept.shape[1:])
 
 
 class Spread:
