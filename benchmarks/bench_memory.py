@@ -19,8 +19,8 @@ AT_MOST = 1.01
 
 def measure(run: Run) -> list[Row]:
     """Measure the peak of each model's pass over a few batches."""
-    size = (2, 3, 32, 32) if run.quick else (8, 3, 96, 96)
-    count = 2 if run.quick else 8
+    size = (2, 3, 32, 32) if run.quick else (32, 3, 224, 224)
+    count = 2
     work = f"peak memory of a recalibration, {count} batches of {size}"
 
     def bare(model: str) -> None:

@@ -102,8 +102,8 @@ MODELS = ["ResNet-18", "ResNet-50", "MobileNetV2"]
 BATCHNORM = "nn.BatchNorm2d"
 BARE = "bare forward, training mode"
 TRAINING = "forward and backward"
-RECALIBRATION = "recalibration, 24 batches of (8, 3, 96, 96)"
-PEAK = "peak memory of a recalibration, 8 batches of (8, 3, 96, 96)"
+RECALIBRATION = "recalibration, 4 batches of (8, 3, 224, 224)"
+PEAK = "peak memory of a recalibration, 2 batches of (32, 3, 224, 224)"
 OURS = "recompute_population_stats"
 
 

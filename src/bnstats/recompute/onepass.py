@@ -45,8 +45,10 @@ def collect(
         return collector.state(reader)
 
     with closing(task.reader(progress=progress)) as reader:
+        # Of that size, and of one number: it is alive while activations are.
+        like = task.like.new_zeros(1).expand_as(collector.state(reader))
         for look in looks(task.tolerance):
-            states = task.peers.gather(partial(read, look), like=collector.state(reader))
+            states = task.peers.gather(partial(read, look), like=like)
             tally, estimator = collector.together(states)
             estimate = estimator.estimate(tally.fraction)
             if tally.num_exhausted == task.peers.size:
