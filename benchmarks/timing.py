@@ -48,7 +48,8 @@ def keep_freed_memory() -> None:
 
     Else a layer that is run alone faults its pages in again in every call, or not, by the
     accident of what else lies on the heap: at 1.6 MB that is up to a third of its time, and
-    says nothing of the layer. Other allocators, and other systems, have no such switch.
+    says nothing of the layer. There is no way back in a process. Whole models are measured with
+    the allocator as it is.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -13,7 +13,7 @@ from benchmarks.machine import device
 from benchmarks.memory import copies
 from benchmarks.peers import import_torchvision
 from benchmarks.rows import Row, rows
-from benchmarks.timing import compare
+from benchmarks.timing import compare, keep_freed_memory
 
 Work: TypeAlias = Callable[[], object]
 Shape: TypeAlias = tuple[int, ...]
@@ -43,6 +43,7 @@ def compare_layers(
     calls: int,
 ) -> list[Row]:
     """Measure layers on one shape beside the copy that gives their limit."""
+    keep_freed_memory()
     timings = compare({**functions, COPY: copies([shape])}, rounds=rounds, calls=calls)
     one_pass = 4 * torch.Size(shape).numel()
     return rows(
