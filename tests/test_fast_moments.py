@@ -105,6 +105,20 @@ def test_only_what_requires_a_gradient_gets_one(taken):
     assert taken
 
 
+def test_where_most_channels_cancel_the_kernel_of_torch_serves():
+    x, weight, bias = torch.randn(SHAPES[0]), torch.ones(64), torch.zeros(64)
+    x[:, :16] += 100
+    normalized = fast_moments.batch_norm(x, weight, bias, 1e-5)
+    torch.testing.assert_close(normalized.mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(normalized.var, x.double().var((0, 2, 3)).float(), rtol=1e-6, atol=0)
+    x[:, 16] += 100
+    assert fast_moments.batch_norm(x, weight, bias, 1e-5) is None
+
+
+def test_rows_without_a_divisor_are_left_to_torch():
+    assert fast_moments.batch_norm(torch.randn(8, 8, 4099), None, None, 1e-5) is None
+
+
 def test_a_batch_that_is_not_finite_changes_nothing(taken):
     _, layer = twins(SHAPES[0])
     layer(torch.randn(SHAPES[0]))

@@ -1,5 +1,7 @@
 """The core's laws, and its exactness where the textbook formula fails."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -163,11 +165,32 @@ def test_what_is_not_finite_shows_in_its_channel_alone(value, shape):
     assert (got.mean + got.m2)[0].isfinite()
 
 
-def test_about_zero_is_the_mean_square():
-    x = torch.randn(50, 3, dtype=torch.float64) + 2
-    got = Moments.from_batch(x).about_zero()
-    assert (got.mean == 0).all()
-    torch.testing.assert_close(got.var(0), x.square().mean(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 2), (3, 2, 5, 5), (16, 64, 32, 32)])  # the last by rows
+def test_values_that_are_all_equal_have_no_spread(dtype, shape):
+    x = torch.full(shape, 0.1, dtype=dtype)
+    got = Moments.from_batch(x)
+    assert (got.mean == x.flatten()[0]).all()
+    assert (got.m2 == 0).all()
+
+
+@pytest.mark.parametrize("length", [1369, 2809, 4099])  # 37^2, 53^2, and a prime
+def test_rows_of_any_length_keep_their_digits(length):
+    x = torch.randn(12, 16, length)
+    side = math.isqrt(length)
+    if side**2 == length:
+        x = x.view(12, 16, side, side)
+    got = Moments.from_batch(x)
+    mean, var = oracles.mean_var([x.double().numpy()])
+    np.testing.assert_allclose(got.mean, mean, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(got.var(), var, rtol=4e-7)  # float32 adds up a row's squares
+
+
+def test_squares_beyond_float32_are_added_up_in_float64():
+    x = torch.randn(8, 64, 32, 32) * 1e25
+    got = Moments.from_batch(x)
+    _, var = oracles.mean_var([x.double().numpy()])
+    np.testing.assert_allclose(got.var(), var, rtol=1e-12)
 
 
 def test_ten_thousand_merges_keep_twelve_digits():

@@ -97,6 +97,16 @@ def test_cumulative_is_the_statistics_of_all_values_uneven_batches_included(shap
     assert int(layer.num_values_tracked) == sum(x.numel() // 3 for x in data)
 
 
+def test_cumulative_forgets_a_small_first_batch_without_cancelling():
+    # What is kept has the weight 1e-6: the term to take off by is next to the whole.
+    layer = CumulativeBatchNorm1d(1)
+    data = [torch.tensor([[-2345.678], [2400.123]]), torch.randn(1_000_000, 1) * 0.1]
+    for x in data:
+        layer(x)
+    _, var = oracles.mean_var([x.double().numpy() for x in data], correction=1)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-6)
+
+
 def test_cumulative_starts_anew_at_a_reset():
     layer = CumulativeBatchNorm1d(3)
     first, second = cases.batches((8, 3), 2)

@@ -47,11 +47,11 @@ def fold_(
     if isinstance(keep, Tensor):
         spread.mul_(keep)
         _add_scaled_(spread, other_spread, gain)
-    elif keep == 1 - gain:
+    elif keep == 1 - gain:  # an average, by whose policy they are equal to the bit
         spread.lerp_(other_spread, gain)
     else:
-        if keep != 1:  # to multiply by a number would take twice as long
-            spread.add_(spread, alpha=keep - 1)
+        if keep != 1:
+            spread.mul_(keep)
         _add_scaled_(spread, other_spread, gain)
     if isinstance(between, Tensor):
         spread.addcmul_(between * delta, delta)
@@ -70,10 +70,12 @@ def fold(
 
 def _add_scaled_(x: Tensor, y: Tensor, scale: Number) -> None:
     """Add scale y to x, in one operation where the host knows the scale."""
-    if isinstance(scale, Tensor):
-        x.addcmul_(y, scale)
-    else:
+    if not isinstance(scale, Tensor):
         x.add_(y, alpha=scale)
+    elif scale.dim():
+        x.addcmul_(y, scale)
+    else:  # which may be on the host, where addcmul_ need not take it from
+        x.add_(scale * y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,11 +174,6 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
-
-    def about_zero(self) -> Moments:
-        """Return the same values' moments about zero: mean 0, m2 the sum of their squares."""
-        between = self.count * self.mean.square()
-        return Moments(self.count, torch.zeros_like(self.mean), self.m2 + between)
 
     def var(self, correction: int | Tensor = 1) -> Tensor:
         """Return ``m2 / (count - correction)``; NaN where that is not defined.

@@ -20,7 +20,7 @@ def in_backward_pass() -> bool:
 def only_reverse_mode() -> bool:
     """Whether reverse-mode autograd is all that looks on: no torch.func, no forward mode.
 
-    An autograd function serves neither without rules of its own. torch asks the same before it
-    applies one, and offers no public way to ask.
+    An autograd function serves neither without rules of its own, and there is no public way to
+    ask whether one of them is at work.
     """
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0

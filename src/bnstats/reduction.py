@@ -16,6 +16,9 @@ from torch import Tensor
 _LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
+SHORTEST_ROW = 32
+"""Values from which on a row's sum is fast."""
+
 _FEWEST_FAST = 2**17
 """Values from which on the fast sums, several operations, beat torch's one slow kernel."""
 
@@ -33,17 +36,17 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations per channel, for x of shape (N, C, ...)."""
     wide = wide_dtype(x.device)
     if x.numel() == 0:
-        zeros = torch.zeros(x.shape[1], dtype=wide, device=x.device)
-        return zeros, zeros
+        zeros = torch.zeros(2, x.shape[1], dtype=wide, device=x.device)
+        return zeros[0], zeros[1]
     if x.device.type != "cpu":
-        # Welford's algorithm in one launch.
         x = x.to(wide if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        var, mean = torch.var_mean(x, axes, correction=0)
-        return mean.to(wide), var.to(wide) * (x.numel() // x.shape[1])
-    if x.numel() < _FEWEST_FAST or x.dim() == 2 or not x.is_floating_point():
+        # Welford's algorithm in one launch.
+        var, mean = torch.var_mean(x, _others(x), correction=0)
+        return mean.to(wide), var.to(wide).mul_(x.numel() // x.shape[1])
+    if x.numel() < _FEWEST_FAST or not x.is_floating_point():
         return _exactly(x)
-    return _from_rows(x)
+    fast = from_rows(x)
+    return _exactly(x) if fast is None else fast
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -53,36 +56,58 @@ def mean_square(x: Tensor) -> Tensor:
     """
     count = x.numel() // x.shape[1]
     if x.device.type != "cpu":
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        norm: Tensor = torch.linalg.vector_norm(x, dim=axes, dtype=_accumulator(x))
+        norm: Tensor = torch.linalg.vector_norm(x, dim=_others(x), dtype=_accumulator(x))
         return norm.square_().div_(count)
-    squares = _sums_of_squares(_short_rows(x)) if x.dim() > 2 else x.double().square().sum(0)
+    rows = _short_rows(x)
+    squares = x.double().square().sum(_others(x)) if rows is None else _sums_of_squares(rows)
     return squares.div_(count)
 
 
+def _others(x: Tensor) -> list[int]:
+    """Return all axes but the channels'."""
+    return [axis for axis in range(x.dim()) if axis != 1]
+
+
 def _exactly(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Take two passes in float64: the mean, then the squares about it."""
-    mean, var = torch.batch_norm_update_stats(x.double(), None, None, 0.0)
+    """Take two passes in float64, the squares about the mean; of equal values m2 is 0."""
+    if x.dtype == torch.float64:
+        # A mean of so many bits is rounded, unless its values are near 0.
+        first = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))]
+        mean, m2 = _two_passes(x - first)
+        return mean.add_(first.flatten()), m2
+    return _two_passes(x.double())
+
+
+def _two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     return mean, var.mul_(x.numel() // x.shape[1])
 
 
-def _from_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Add up rows and their squares in x's precision, the rows' results in float64."""
+def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Add up rows and their squares in x's precision, the rows' results in float64.
+
+    Returns:
+        What :func:`mean_and_m2` does, or None where another way is faster: x, floating-point on
+        CPU, has no fitting rows, or the sums cancel in too many channels.
+    """
     count = x.numel() // x.shape[1]
     rows = _short_rows(x)
+    if rows is None:
+        return None
     total = _per_channel(rows.sum(-1, dtype=_accumulator(x)))
     squares = _sums_of_squares(rows)
     mean = total / count
     m2 = torch.addcmul(squares, total, mean, value=-1)
 
-    # Not the other way round: a NaN somewhere leaves open what the other channels are.
-    limit = 1 + _LARGEST_SQUARED_MEAN
-    if not torch.sub(squares, m2, alpha=limit).max().item() <= 0:
-        channels = (squares > limit * m2).nonzero().squeeze(1)
-        if len(channels):
-            exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
-            mean.index_copy_(0, channels, exact_mean)
-            m2.index_copy_(0, channels, exact_m2)
+    # Not the other way round: what is not finite may be so here only.
+    excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
+    if not excess.max().item() <= 0:
+        channels = (excess <= 0).logical_not_().nonzero().squeeze(1)
+        if len(channels) > x.shape[1] // 4:
+            return None
+        exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
+        mean.index_copy_(0, channels, exact_mean)
+        m2.index_copy_(0, channels, exact_m2)
     return mean, m2
 
 
@@ -105,17 +130,24 @@ def _per_channel(of_rows: Tensor) -> Tensor:
     return of_rows.sum(axes, dtype=torch.float64)
 
 
-def _short_rows(x: Tensor) -> Tensor:
+def _short_rows(x: Tensor) -> Tensor | None:
     """View x of shape (N, C, ...) as rows of at most the longest length.
 
     Returns:
-        Of shape (N, C, length), or (N, C, rows, length) where there are several.
+        Of shape (N, C, length), or (N, C, rows, length) where there are several; None where x
+        has no such rows.
     """
+    if x.dim() == 2:
+        return None
     length = math.prod(x.shape[2:])
     if length <= _LONGEST_ROW:
         return x.flatten(2)
     fewest = -(-length // _LONGEST_ROW)
-    # A length without a fitting divisor, a large prime say, stays whole.
     # (Not by next with a default: torch 2.6 cannot compile that.)
     fitting = [n for n in range(fewest, 4 * fewest) if length % n == 0]
-    return x.flatten(2).unflatten(2, (fitting[0], -1)) if fitting else x.flatten(2)
+    if fitting:
+        rows: Tensor = x.flatten(2).unflatten(2, (fitting[0], -1))
+        return rows
+    if x.dim() > 3 and SHORTEST_ROW <= x.shape[-1] <= _LONGEST_ROW:
+        return x.flatten(2, -2)
+    return None

@@ -22,9 +22,9 @@ from bnstats.reduction import wide_dtype
 class RunningStatsBatchNorm(_BatchNorm):
     """BatchNorm whose running statistics follow the core's recursion.
 
-    A subclass says with :meth:`_weigh` how a batch is weighed. Training normalizes by the
-    batch's own statistics and evaluation by the running ones, both with
-    :func:`torch.nn.functional.batch_norm`, as ``nn.BatchNorm`` does.
+    A subclass says with :meth:`_weigh` how a batch is weighed. Evaluation normalizes by the
+    running statistics and training by the batch's own, as ``nn.BatchNorm`` does: with torch's
+    kernel, or where it pays by :mod:`bnstats.layers.fast_moments`.
     """
 
     _input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
@@ -97,18 +97,17 @@ class RunningStatsBatchNorm(_BatchNorm):
                 f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
                 "leave such a batch out, or use MovingAverageBatchNorm"
             )
+        normalized: fast_moments.Normalized | None = None
         if not torch.compiler.is_compiling() and fast_moments.pays_for(input, running_mean):
-            weight, bias = self.weight, self.bias
-            output, mean, var = fast_moments.batch_norm(input, weight, bias, self.eps)
-        else:
-            output, mean, var = self._normalize(input, running_mean)
+            normalized = fast_moments.batch_norm(input, self.weight, self.bias, self.eps)
+        output, mean, var = normalized or self._normalize(input, running_mean)
         # A batch of no values has no statistics; a recomputed one has been counted.
         if count > 0 and not in_backward_pass():
             self._track(mean, var, count)
         return output
 
     def _normalize(self, input: Tensor, running_mean: Tensor) -> fast_moments.Normalized:
-        """Return the output, and the batch's mean and unbiased variance."""
+        """Normalize by torch's kernel."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         # The batch's statistics come out in the parameters' dtype; half is too coarse.

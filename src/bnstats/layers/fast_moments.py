@@ -1,7 +1,7 @@
 """Training-mode batch norm on CPU by the fast sums of :mod:`bnstats.reduction`.
 
 torch's own kernel computes the statistics on CPU several times slower than memory allows. Here
-they come from :func:`~bnstats.reduction.mean_and_m2`; torch's kernels for given statistics do
+they come from :func:`~bnstats.reduction.from_rows`; torch's kernels for given statistics do
 the rest.
 """
 
@@ -14,21 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnstats.private import only_reverse_mode
-from bnstats.reduction import mean_and_m2
+from bnstats.reduction import SHORTEST_ROW, from_rows
 
 _FEWEST_VALUES = 2**18
 """Values of an input from which on this pays: below, small operations cost more than it saves."""
 
-_SHORTEST_ROW = 32
-"""Values in a channel of a sample from which on a sum over them is fast."""
-
 
 class Normalized(NamedTuple):
-    """The output of batch norm, and the statistics of its batch, each of shape (C,)."""
+    """The output of batch norm, and its batch's mean and unbiased variance, each (C,)."""
 
     output: Tensor
     mean: Tensor
-    unvar: Tensor
+    var: Tensor
 
 
 def pays_for(x: Tensor, running_mean: Tensor) -> bool:
@@ -38,8 +35,7 @@ def pays_for(x: Tensor, running_mean: Tensor) -> bool:
         and x.is_cpu
         and type(x) is Tensor  # no subclass, which may be no more than a shape
         and x.dim() > 2
-        and x[0, 0].numel() >= _SHORTEST_ROW
-        and x.numel() > x.shape[1]  # of one value per channel torch says what is wrong
+        and x.numel() >= SHORTEST_ROW * x.shape[0] * x.shape[1]
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == running_mean.dtype
         and x.is_contiguous()
@@ -47,10 +43,15 @@ def pays_for(x: Tensor, running_mean: Tensor) -> bool:
     )
 
 
-def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Normalized:
-    """Normalize x, of shape (N, C, ...), by its own statistics."""
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Normalized | None:
+    """Normalize x, of shape (N, C, ...), by its own statistics; None if that did not pay."""
     with torch.no_grad():
-        wide_mean, m2 = mean_and_m2(x)
+        moments = from_rows(x)
+        if moments is None:
+            return None
+        wide_mean, m2 = moments
         count = x.numel() // x.shape[1]
         mean, var = wide_mean.to(x.dtype), m2.div_(count).to(x.dtype)
     output: Tensor = _Normalize.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
