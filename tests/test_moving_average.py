@@ -264,6 +264,19 @@ class TestNonFinite:
         assert after["num_steps_tracked"] == before["num_steps_tracked"] + 1
         assert not x.grad[:, 0].isfinite().all()
 
+    @pytest.mark.parametrize("bad", [(float("inf"), -float("inf")), (3e38, 3e38)])
+    def test_gradient_warns_no_more_than_torch_does(self, bad):
+        layer = train(make(), 30)
+        x = torch.randn(2, 3, 4, 5, requires_grad=True)
+        grad = torch.randn_like(x)
+        grad[0, 0, 0, :2] = torch.tensor(bad)
+        layer(x).backward(grad)  # warnings are errors here
+
+    def test_windows_that_overflow_do_not_warn_either(self):
+        layer = make(window=2, warmup=0)
+        for _ in range(4):
+            layer(torch.full((2, 3, 4, 5), 1.7e19))  # squares of 2.9e38: the sum of two is inf
+
     def test_training_goes_on_after_it(self):
         layer = train(make(), 30)
         layer(torch.full((2, 3, 4, 5), float("nan"), requires_grad=True)).sum().backward()

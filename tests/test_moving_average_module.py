@@ -3,8 +3,11 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -38,6 +41,18 @@ class TestModule:
         assert layer.max_ratio == 5.0
         assert bnstats.MovingAverageBatchNorm1d(3).momentum == 0.02
         assert "window=16, warmup=100, renorm_warmup=1000, max_ratio=5.0" in repr(layer)
+
+    def test_options_may_be_numpys_numbers(self):
+        options = {"eps": np.float64(1e-3), "max_ratio": np.float64(2), "warmup": np.int64(2)}
+        layer = train(make(**options), 30)
+        assert layer(torch.randn(2, 3, 4, 5)).dtype == torch.float32
+        assert {v.dtype for v in layer._windows()} == {torch.float32, torch.int64}
+
+    def test_the_package_can_be_imported_twice(self):
+        # notebooks do so; torch registers an operator once
+        again = "[sys.modules.pop(name) for name in list(sys.modules) if 'bnstats' in name]"
+        code = f"import sys, bnstats; {again}; import bnstats"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_takes_device_and_dtype(self):
         layer = make(device="meta", dtype=torch.float64)
@@ -199,6 +214,14 @@ class TestLoading:
         layer.load_state_dict(source().double().state_dict(), assign=True)
         assert {v.dtype for v in layer._windows()} == {torch.float64, torch.int64}
         train(layer, 3, dtype=torch.float64)
+
+    def test_assigned_half_windows_become_float32_again(self):
+        layer = make()
+        half = {k: v.half() if v.is_floating_point() else v for k, v in make().state_dict().items()}
+        layer.load_state_dict(half, assign=True)
+        assert layer.running_var.dtype == torch.float16
+        assert {v.dtype for v in layer._windows()} == {torch.float32, torch.int64}
+        train(layer, 3, dtype=torch.float16)
 
     def test_own_checkpoints_load_without_a_word(self):
         layer, other = train(make(), 30), make()

@@ -199,7 +199,8 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
                 running_var.copy_(running_var.to(var.dtype).lerp(var, gain))
 
     def _schedule(self) -> Schedule:
-        return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
+        # A numpy number would make float64 of float32.
+        return Schedule(float(self.eps), self.warmup, self.renorm_warmup, float(self.max_ratio))
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""

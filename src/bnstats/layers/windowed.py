@@ -59,12 +59,15 @@ class WindowedBatchNorm(RunningStatsBatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = self._windows()
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old, new in zip(_WINDOWS, before, self._windows(), strict=True):
-            # Half is too coarse to average in, and a mean square soon overflows it.
-            if new.dtype in HALF:
-                wide = new.float() if old.is_meta else old.to(new.device, torch.float32)
-                setattr(self, name, wide)
+        self._widen(self._windows() if before.num_steps.is_meta else before)
         return module
+
+    def _widen(self, sources: Windows) -> None:
+        """Let what became half be float32 again, from these windows."""
+        for name, source, window in zip(_WINDOWS, sources, self._windows(), strict=True):
+            # Half is too coarse to average in, and a mean square soon overflows it.
+            if window.dtype in HALF:
+                setattr(self, name, source.to(window.device, torch.float32))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -74,6 +77,7 @@ class WindowedBatchNorm(RunningStatsBatchNorm):
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._complete(state_dict, prefix, assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._widen(self._windows())
         scales, loaded = self.window_scales, self.window_mean_squares
         if (scales.device, scales.dtype) != (loaded.device, loaded.dtype):  # by assign=True
             self.window_scales = loaded.new_zeros(scales.shape)

@@ -113,6 +113,7 @@ def _advance(
     return Scale(var, ratio, step)
 
 
+@np.errstate(all="ignore")  # torch does not warn of what is not finite either
 def _advance_on_host(
     windows: Windows, running_var: Tensor, mean_square: Tensor, step: int, schedule: Schedule
 ) -> Scale:
@@ -180,6 +181,7 @@ def add_gradient(
     return _add_gradient(gradients, gradient_steps, step, gradient, warmup)
 
 
+@np.errstate(all="ignore")
 def _add_gradient(
     gradients: Tensor, gradient_steps: Tensor, step: Step, gradient: Tensor, warmup: int
 ) -> Tensor:
@@ -190,42 +192,33 @@ def _add_gradient(
     return torch.from_numpy(window.add(ring, owners, step, gradient.numpy(), warmup))
 
 
-# torch.compile takes these as they are. Traced, the backward would compute again from the
-# buffers what the forward had computed from them, and they have moved in between. They are
-# registered without torch.library.custom_op, whose wrapper costs 40 microseconds in a call.
-
-_LIBRARY = torch.library.Library("bnstats", "FRAGMENT")
-_LIBRARY.define(
-    "take_step(Tensor(a!) mean_squares, Tensor(b!) scales, Tensor gradients, "
-    "Tensor gradient_steps, Tensor(c!) num_steps, Tensor running_var, Tensor mean_square, "
-    "float eps, int warmup, int renorm_warmup, float max_ratio) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "add_gradient(Tensor(a!) gradients, Tensor(b!) gradient_steps, Tensor step, "
-    "Tensor gradient, int warmup) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl(_LIBRARY, "take_step", "CompositeExplicitAutograd")
-def _take_step_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *buffers, running_var, mean_square, eps, warmup, renorm_warmup, max_ratio = args
+def _take_step_op(
+    mean_squares: Tensor,
+    scales: Tensor,
+    gradients: Tensor,
+    gradient_steps: Tensor,
+    num_steps: Tensor,
+    running_var: Tensor,
+    mean_square: Tensor,
+    eps: float,
+    warmup: int,
+    renorm_warmup: int,
+    max_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    windows = Windows(mean_squares, scales, gradients, gradient_steps, num_steps)
     schedule = Schedule(eps, warmup, renorm_warmup, max_ratio)
-    var, ratio, step = take_step(Windows(*buffers), running_var, mean_square, schedule)
+    var, ratio, step = take_step(windows, running_var, mean_square, schedule)
     ratio = torch.ones_like(var) if ratio is None else ratio
     # What an operator returns is its own: before the windows are warm, var is its argument.
     return var.clone(), ratio, torch.as_tensor(step, device=var.device)
 
 
-@torch.library.register_fake("bnstats::take_step", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(mean_squares: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
+def _take_step_shapes(mean_squares: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     channels = mean_squares.new_empty(mean_squares.shape[1])
     step = mean_squares.new_empty((), dtype=torch.int64)
     return channels, torch.empty_like(channels), step
 
 
-@torch.library.impl(_LIBRARY, "add_gradient", "CompositeExplicitAutograd")
 def _add_gradient_op(
     gradients: Tensor, gradient_steps: Tensor, step: Tensor, gradient: Tensor, warmup: int
 ) -> Tensor:
@@ -233,6 +226,33 @@ def _add_gradient_op(
     return _add_gradient(gradients, gradient_steps, known, gradient, warmup).clone()
 
 
-@torch.library.register_fake("bnstats::add_gradient", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _(gradients: Tensor, *args: object) -> Tensor:  # noqa: ARG001
+def _add_gradient_shape(gradients: Tensor, *_: object) -> Tensor:
     return gradients.new_empty(gradients.shape[1])
+
+
+def _register(name: str, operator: Any, shapes: Any, mutates: tuple[str, ...]) -> None:
+    """Let torch.compile take an operator as it is.
+
+    Traced, the backward would compute again from the buffers what the forward had computed from
+    them, and they have moved in between. Registered without torch.library.custom_op, whose
+    wrapper costs 40 microseconds in a call.
+    """
+    schema = torch.library.infer_schema(operator, mutates_args=mutates)
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "default", operator)
+    torch.library.register_fake(name, shapes)
+
+
+if not hasattr(torch.ops.bnstats, "take_step"):  # as it is if this is imported once more
+    _register(
+        "bnstats::take_step",
+        _take_step_op,
+        _take_step_shapes,
+        ("mean_squares", "scales", "num_steps"),
+    )
+    _register(
+        "bnstats::add_gradient",
+        _add_gradient_op,
+        _add_gradient_shape,
+        ("gradients", "gradient_steps"),
+    )
