@@ -122,6 +122,22 @@ def test_sync_batchnorm_on_cpu_serves():
     torch.testing.assert_close(stats[""].mean, x.double().mean((0, 2)), rtol=1e-6, atol=1e-7)
 
 
+def test_a_model_that_asks_for_gradients_in_its_forward_serves():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            with torch.enable_grad():
+                return self.layer(x.clone().requires_grad_())
+
+    x = torch.randn(20, 3)
+    stats = bnstats.measure_population_stats(Asking(), x.split(5))
+    torch.testing.assert_close(stats["layer"].mean, x.double().mean(0))
+    assert not stats["layer"].mean.requires_grad
+
+
 def test_a_subclass_with_a_forward_of_its_own_serves():
     class BatchNormRelu(nn.BatchNorm2d):
         def forward(self, x):

@@ -106,6 +106,12 @@ def test_a_bad_batch_skipped_counts_for_no_layer(method):
         assert result.after[name].count == good[name].count
 
 
+def test_finite_statistics_whose_sum_is_not_count():
+    x = torch.randn(50, 40, dtype=torch.float64) * 1e153  # squares of 1e306, near the largest
+    stats = bnstats.measure_population_stats(nn.BatchNorm1d(40).double(), [x])
+    torch.testing.assert_close(stats[""].var * 1e-306, (x * 1e-153).var(0))
+
+
 def test_nothing_but_bad_batches_is_an_error_even_when_skipped():
     with pytest.raises(NonFiniteStatisticsError, match="all 2 batches"):
         bnstats.measure_population_stats(

@@ -11,7 +11,7 @@ from typing import Any
 from bnstats import PopulationStats, RunningStats
 from bnstats.cli.checkpoints import Checkpoint
 from bnstats.errors import LayerMismatchError
-from bnstats.recompute.drift import drifts, table
+from bnstats.recompute.drift import compare, table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
                 f"{stats.num_features} in {options.stats}"
             )
     print(f"{len(population)} BatchNorm layers: {options.file} against {options.stats}\n")
-    print(table(population, drifts({name: running[name] for name in population}, population)))
+    print(table(population, compare({name: running[name] for name in population}, population)))
 
 
 def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, RunningStats]:

@@ -39,6 +39,8 @@ class Collector:
         self._channels = [layer.num_features for layer in layers]
         self._corrections = [task.correction_of(layer) for layer in layers]
         self._seen: dict[StagedLayer, Seen] = {}
+        devices = {layer.module.running_mean.device for layer in layers}  # type: ignore[union-attr]
+        self._apart = len(devices) > 1
         self._nothing = task.like.new_zeros(sum(self._channels))
         self._expanded: tuple[list[int], Tensor] = ([], torch.empty(0))
         self._estimator = self._new_estimator()
@@ -52,14 +54,18 @@ class Collector:
     def take(self, layer: StagedLayer, seen: Seen) -> None:
         """Take the moments of one call."""
         before = self._seen.get(layer)
-        self._seen[layer] = seen if before is None else before.merge(seen)
+        seen = seen if before is None else before.merge(seen)
+        if self._apart:
+            seen = Seen(seen.num_values, *(x.to(self._nothing.device) for x in seen[1:]))
+        self._seen[layer] = seen
 
     def close_batch(self) -> None:
         """Take in what the layers saw of a batch: all of it, or nothing."""
         unseen = zip(self.layers, self._nothing.split(self._channels), strict=True)
-        seen = [self._seen.get(layer) or Seen(0, zeros, zeros) for layer, zeros in unseen]
+        seen = [self._seen.get(layer, Seen(0, zeros, zeros)) for layer, zeros in unseen]
         flat = torch.cat([x.mean for x in seen] + [x.m2 for x in seen])
-        if math.isfinite(flat.sum()):
+        # The sum is the cheaper question; that of finite numbers can be infinite.
+        if math.isfinite(flat.sum()) or flat.isfinite().all():
             counts = [x.num_values for x in seen]
             self._check_enough_values(counts)
             self._estimator.add(Moments(self._expand(counts), *flat.view(2, -1)))

@@ -79,10 +79,10 @@ class Drift(NamedTuple):
     kl: Tensor
 
 
-def drifts(
+def compare(
     running: Mapping[str, RunningStats], population: Mapping[str, LayerStats]
 ) -> dict[str, Drift]:
-    """Compare the running statistics of layers with their populations'.
+    """Return how far the running statistics of layers are from their populations'.
 
     A channel of no variance compares as equal (0, 1, 0) where the running value is the same,
     else as infinitely far.
@@ -90,13 +90,17 @@ def drifts(
     if not running:
         return {}
     stats = [population[name] for name in running]
-    mean, var = (torch.cat([getattr(x, field) for x in stats]) for field in RunningStats._fields)
+    mean, var = (torch.cat([getattr(x, kind) for x in stats]) for kind in RunningStats._fields)
     # All layers at once, their channels laid end to end.
     columns = zip(*running.values(), strict=True)
     before = RunningStats(*(torch.cat([x.to(mean) for x in column]) for column in columns))
     moved = _drift(before, mean, var)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
-    return {name: Drift(*part) for name, part in zip(running, parts, strict=True)}
+    # Clones: a layer's own is not to keep that of all layers.
+    return {
+        name: Drift(*(values.clone() for values in part))
+        for name, part in zip(running, parts, strict=True)
+    }
 
 
 def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:

@@ -89,7 +89,7 @@ class Pooled:
         self._spread.add(offset, mean_square, batch.count.square())
 
     def state(self) -> Tensor:
-        """Return the pooled moments and the spread, (14, C)."""
+        """Return the pooled moments and the spread, (11, C)."""
         total = [self._total.count, self._total.mean, self._total.m2]
         return torch.cat([torch.stack(total), self._spread.state()])
 
@@ -158,7 +158,7 @@ class Averaged:
         self._spread.add(self._spread.offset(batch), var, present.to(var.dtype))
 
     def state(self) -> Tensor:
-        """Return the averages and the spread, (15, C)."""
+        """Return the averages and the spread, (12, C)."""
         averages = [self._count, self._mean, self._var, self._squared_weights]
         return torch.cat([torch.stack(averages), self._spread.state()])
 

@@ -211,6 +211,7 @@ class _Procession:
         estimator = self._new_estimator(layer)
         for runner in runners:
             count, mean, m2 = runner.held.seen
+            mean, m2 = mean.to(self._task.like), m2.to(self._task.like)
             estimator.add(Moments(torch.full_like(mean, float(count)), mean, m2))
         state = estimator.state()
         if not state.isfinite().all():

@@ -45,7 +45,7 @@ def collect(
         return collector.state(reader)
 
     with closing(task.reader(progress=progress)) as reader:
-        # Of that size, and of one number: it is alive while activations are.
+        # One number, expanded: a state of its own would take memory beside the activations.
         like = task.like.new_zeros(1).expand_as(collector.state(reader))
         for look in looks(task.tolerance):
             states = task.peers.gather(partial(read, look), like=like)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
 from bnstats.moments import Moments
 from bnstats.recompute import files
-from bnstats.recompute.drift import Drift, RunningStats, drifts, write_all
+from bnstats.recompute.drift import Drift, RunningStats, compare, write_all
 from bnstats.traversal import named_batchnorms
 
 
@@ -141,7 +141,7 @@ class PopulationStats(Mapping[str, LayerStats]):
             LayerMismatchError: a layer is not in the model, or has other channels; nothing is
                 written.
         """
-        layers = self.layers_of(model)
+        layers = layers_of(self, model)
         write_all(layers, self, {name: RunningStats.of(layer) for name, layer in layers.items()})
 
     def drift_from(self, model: nn.Module) -> dict[str, Drift]:
@@ -150,8 +150,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         Raises:
             LayerMismatchError: a layer is not in the model, or has other channels.
         """
-        running = {name: RunningStats.of(layer) for name, layer in self.layers_of(model).items()}
-        return drifts(running, self)
+        running = {name: RunningStats.of(layer) for name, layer in layers_of(self, model).items()}
+        return compare(running, self)
 
     def merge(self, other: PopulationStats) -> PopulationStats:
         """Return the statistics over the data of both, for example of two shards.
@@ -199,23 +199,24 @@ class PopulationStats(Mapping[str, LayerStats]):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
             return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
 
-    def layers_of(self, model: nn.Module) -> dict[str, _BatchNorm]:
-        """Return the model's layers that these are the statistics of.
 
-        Raises:
-            LayerMismatchError: a layer is not in the model, or has other channels.
-        """
-        layers = named_batchnorms(model)
-        missing = [name for name in self if name not in layers]
-        if missing:
+def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the model's layers that these statistics are of.
+
+    Raises:
+        LayerMismatchError: a layer is not in the model, or has other channels.
+    """
+    layers = named_batchnorms(model)
+    missing = [name for name in stats if name not in layers]
+    if missing:
+        raise LayerMismatchError(
+            f"these layers are not among the model's {len(layers)} BatchNorm layers with "
+            f"running statistics: {', '.join(map(repr, missing))}"
+        )
+    for name, layer in stats.items():
+        if layers[name].num_features != layer.num_features:
             raise LayerMismatchError(
-                f"these layers are not among the model's {len(layers)} BatchNorm layers with "
-                f"running statistics: {', '.join(map(repr, missing))}"
+                f"layer '{name}': the statistics have {layer.num_features} channels, the "
+                f"model's layer has {layers[name].num_features}"
             )
-        for name, stats in self.items():
-            if layers[name].num_features != stats.num_features:
-                raise LayerMismatchError(
-                    f"layer '{name}': the statistics have {stats.num_features} channels, the "
-                    f"model's layer has {layers[name].num_features}"
-                )
-        return {name: layers[name] for name in self}
+    return {name: layers[name] for name in stats}

@@ -13,11 +13,11 @@ from torch import nn
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import BnstatsWarning
 from bnstats.recompute.batches import Forward, default_device, default_forward
-from bnstats.recompute.drift import Recalibration, RunningStats, drifts, write_all
+from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.onepass import one_pass
 from bnstats.recompute.options import check_loader, check_mergeable, check_options
-from bnstats.recompute.population import PopulationStats
+from bnstats.recompute.population import PopulationStats, layers_of
 from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Task
@@ -154,9 +154,9 @@ def recompute_population_stats(
         progress=progress,
         memory_limit=memory_limit,
     )
-    layers = after.layers_of(model)
+    layers = layers_of(after, model)
     before = {name: RunningStats.of(layer) for name, layer in layers.items()}
-    drift = drifts(before, after)
+    drift = compare(before, after)
     write_all(layers, after, before)
     return Recalibration(before, after, drift, layers)
 

@@ -13,7 +13,8 @@ _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 def _symmetric(kept: Tensor) -> Tensor:
     """Return the matrix, (3, 3, C), of these entries, (6, C)."""
-    matrix: Tensor = kept[[0, 1, 2, 1, 3, 4, 2, 4, 5]]
+    positions = [_PRODUCTS.index((min(i, j), max(i, j))) for i in range(3) for j in range(3)]
+    matrix: Tensor = kept[positions]
     return matrix.view(3, 3, *kept.shape[1:])
 
 
@@ -32,7 +33,7 @@ class Spread:
 
     def __init__(self, like: Tensor, *, about_reference: bool) -> None:
         self._about_reference = about_reference
-        self._referred = False
+        self._referred = False  # whether every channel has its reference
         self.num_batches = torch.zeros_like(like)
         self.reference = torch.zeros_like(like)
         self._sums = like.new_zeros(len(_PRODUCTS), *like.shape)
@@ -52,7 +53,7 @@ class Spread:
 
     def add(self, offset: Tensor, q: Tensor, weight: Tensor) -> None:
         """Add one batch's features; a weight of 0 leaves the channel out."""
-        self.num_batches += weight > 0
+        self.num_batches = self.num_batches + (weight > 0)
         weighted_offset, weighted_q = weight * offset, weight * q
         of_one, of_u, of_q, of_uu, of_uq, of_qq = self._sums
         of_one += weight

@@ -64,7 +64,7 @@ class StagedLayer:
 
     def observe(self, input: Tensor) -> Seen:
         """Return the moments of an input, about what the layer takes them about."""
-        mean, m2 = mean_and_m2(input)
+        mean, m2 = mean_and_m2(input.detach())
         count = input.numel() // self.num_features
         if self.about_zero:
             return Seen(count, torch.zeros_like(mean), m2.addcmul_(mean, mean, value=count))
