@@ -21,9 +21,14 @@ Values: TypeAlias = Any
 def write(ring: Values, step: Step, value: Values) -> None:
     """Write a step's value, of shape (..., C), into its slot of a ring, of shape (m, ..., C)."""
     if isinstance(step, Tensor):
-        _write_on_device(ring, step, value)
+        torch.where(_rows_of(step, ring), value, ring, out=ring)
     elif step:
         ring[step % len(ring)] = value
+
+
+def written(ring: Tensor, step: Tensor, value: Tensor) -> Tensor:
+    """Return what :func:`write` makes of a ring, and leave the ring alone."""
+    return torch.where(_rows_of(step, ring), value, ring)
 
 
 def windowed(ring: Values, step: Step, value: Values, warmup: int) -> Values:
@@ -68,11 +73,6 @@ def add(ring: Values, owners: Values, step: Step, value: Values, warmup: int) ->
     return (value if owner == step else recent.sum(0)) / len(recent)
 
 
-def _write_on_device(ring: Tensor, step: Tensor, value: Tensor) -> None:
-    slot = _slot_of(step, ring).view(-1, *[1] * value.dim())
-    torch.where(slot, value, ring, out=ring)
-
-
 def _add_on_device(
     ring: Tensor, owners: Tensor, step: Tensor, value: Tensor, warmup: int
 ) -> Tensor:
@@ -103,6 +103,10 @@ def is_finite(value: Values) -> bool:
 def _slot_of(step: Tensor, ring: Values) -> Tensor:
     slots = torch.arange(len(ring), device=step.device)
     return (slots == step % len(ring)) & (step > 0)
+
+
+def _rows_of(step: Tensor, ring: Tensor) -> Tensor:
+    return _slot_of(step, ring).view(-1, *[1] * (ring.dim() - 1))
 
 
 def _warm_from(ring: Values, warmup: int) -> int:

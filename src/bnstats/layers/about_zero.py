@@ -55,8 +55,9 @@ def about_zero(
     Only x and vectors of one number per channel are kept for the backward.
     """
     buffers = (windows.gradients, windows.gradient_steps)
+    var, ratio, step, _ = scale
     output: Tensor = _AboutZero.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, *scale, *buffers, eps, warmup
+        x, weight, bias, var, ratio, step, *buffers, eps, warmup
     )
     return output
 

@@ -14,7 +14,6 @@ from bnstats.layers.base import check_count, check_number, count_
 from bnstats.layers.windowed import WindowedBatchNorm
 from bnstats.layers.windows import Scale, Schedule, take_step
 from bnstats.moments import Weights
-from bnstats.private import in_backward_pass
 from bnstats.reduction import mean_square
 
 
@@ -179,19 +178,18 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
         with torch.no_grad():
             chi = mean_square(input).to(wide)
             scale = take_step(windows, running_var, chi, self._schedule())
-            if not in_backward_pass():
-                self._follow(running_var, scale, input.numel() // self.num_features)
+            self._follow(running_var, scale, input.numel() // self.num_features)
         return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
 
     def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
         """Take the core's step about zero, where no means take part, and count the batch."""
-        var, _, step = scale
-        if isinstance(step, Tensor):
+        var, counted = scale.var, scale.counted
+        if isinstance(counted, Tensor):
             before = running_var.to(var.dtype)
-            weights = self._weigh(batch_values, (step > 0).long())
+            weights = self._weigh(batch_values, (counted > 0).long())
             after = weights.keep * before + weights.gain * var
-            running_var.copy_(torch.where(step > 0, after, before))
-        elif step:
+            running_var.copy_(torch.where(counted > 0, after, before))
+        elif counted:
             gain = self._weigh(batch_values, 1).gain
             if running_var.dtype == var.dtype:
                 running_var.lerp_(var, gain)

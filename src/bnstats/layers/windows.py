@@ -69,12 +69,14 @@ class Scale(NamedTuple):
     Attributes:
         var: of shape (C,).
         ratio: of shape (C,), or None for 1.
-        step: the forward's step, 0 if it does not count.
+        step: the forward's step, 0 for a batch that is not finite.
+        counted: the same, but 0 for a forward that runs again.
     """
 
     var: Tensor
     ratio: Tensor | None
     step: Step
+    counted: Step
 
 
 def take_step(
@@ -86,11 +88,10 @@ def take_step(
     count. A forward that runs inside a backward pass is one that activation checkpointing runs
     again: it gets what it got the first time, and changes nothing.
     """
-    if torch.compiler.is_compiling():
-        scale = torch.ops.bnstats.take_step(*windows, running_var, mean_square, *schedule)
-        return Scale(*scale)
     if not on_host(mean_square):
         step = torch.where(mean_square.sum().isfinite(), windows.num_steps + 1, 0)
+        if torch.compiler.is_compiling():
+            return _advance_compiled(windows, running_var, mean_square, step, schedule)
         if in_backward_pass():
             return _recall(windows, mean_square, step, schedule)
         return _advance(windows, running_var, mean_square, step, schedule)
@@ -105,12 +106,37 @@ def _advance(
 ) -> Scale:
     window.write(windows.mean_squares, step, mean_square)
     var: Tensor = window.windowed(windows.mean_squares, step, mean_square, schedule.warmup)
-    ratio = ((var + schedule.eps) / (running_var + schedule.eps)).sqrt_()
-    ratio = ratio.clamp_(1 / schedule.max_ratio, schedule.max_ratio)
-    ratio = torch.where(schedule.renormalizes(step), ratio, 1)
+    ratio = _ratio(var, running_var, step, schedule)
     window.write(windows.scales, step, torch.stack((var, ratio)))
     windows.num_steps.add_(step > 0)
-    return Scale(var, ratio, step)
+    return Scale(var, ratio, step, step)
+
+
+def _advance_compiled(
+    windows: Windows, running_var: Tensor, mean_square: Tensor, step: Tensor, schedule: Schedule
+) -> Scale:
+    """Do the same in code for torch.compile.
+
+    Its backward would compute from the buffers again what the forward had computed from them,
+    and they have moved in between; not so what an operator returns. Whether a checkpoint runs
+    all of it again can be asked from inside an operator only.
+    """
+    ring = window.written(windows.mean_squares, step, mean_square)
+    var: Tensor = window.windowed(ring, step, mean_square, schedule.warmup)
+    ratio = _ratio(var, running_var, step, schedule)
+    var, ratio, step, counted = torch.ops.bnstats.settle(
+        var, ratio, step, *windows, mean_square, *schedule
+    )
+    window.write(windows.mean_squares, counted, mean_square)
+    window.write(windows.scales, counted, torch.stack((var, ratio)))
+    windows.num_steps.add_(counted > 0)
+    return Scale(var, ratio, step, counted)
+
+
+def _ratio(var: Tensor, running_var: Tensor, step: Tensor, schedule: Schedule) -> Tensor:
+    ratio = ((var + schedule.eps) / (running_var + schedule.eps)).sqrt_()
+    ratio = ratio.clamp_(1 / schedule.max_ratio, schedule.max_ratio)
+    return torch.where(schedule.renormalizes(step), ratio, 1)
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
@@ -119,20 +145,20 @@ def _advance_on_host(
 ) -> Scale:
     """Do the same with numbers and arrays: numpy's small operations cost a third of torch's."""
     if not step:
-        return Scale(mean_square, None, step)
+        return Scale(mean_square, None, 0, 0)
     ring, scales = windows.mean_squares.numpy(), windows.scales.numpy()
     window.write(ring, step, mean_square.numpy())
     var = window.windowed(ring, step, mean_square.numpy(), schedule.warmup)
     window.write(scales[:, 0], step, var)
     windows.num_steps.fill_(step)
     if not schedule.renormalizes(step):
-        return Scale(torch.from_numpy(var), None, step)
+        return Scale(torch.from_numpy(var), None, step, step)
     ratio = np.sqrt(
         (var + schedule.eps) / (running_var.to(mean_square.dtype).numpy() + schedule.eps)
     )
     ratio = np.minimum(np.maximum(ratio, 1 / schedule.max_ratio), schedule.max_ratio)
     window.write(scales[:, 1], step, ratio)
-    return Scale(torch.from_numpy(var), torch.from_numpy(ratio), step)
+    return Scale(torch.from_numpy(var), torch.from_numpy(ratio), step, step)
 
 
 def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedule) -> Scale:
@@ -141,7 +167,7 @@ def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedul
     Where batches are alike it is the latest whose backward has not run yet.
     """
     if isinstance(step, int) and not step:
-        return Scale(mean_square, None, step)
+        return Scale(mean_square, None, 0, 0)
     slots = len(windows.mean_squares)
     steps = window.latest_steps(windows.num_steps, windows.mean_squares)
     distance = torch.linalg.vector_norm(windows.mean_squares - mean_square, dim=1)
@@ -157,7 +183,8 @@ def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedul
         var = torch.where(found, var, torch.nan)
         counts = step > 0
         var = torch.where(counts, var, mean_square)
-        return Scale(var, torch.where(counts, ratio, 1), torch.where(counts, recalled, 0))
+        ratio, recalled = torch.where(counts, ratio, 1), torch.where(counts, recalled, 0)
+        return Scale(var, ratio, recalled, 0)
     if not found:
         raise InvalidValueError(
             "MovingAverageBatchNorm: a training forward inside a backward pass is taken for one "
@@ -166,7 +193,7 @@ def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedul
             "a forward and its backward; choose a larger window, or run backward sooner"
         )
     step = int(recalled)
-    return Scale(var, ratio if schedule.renormalizes(step) else None, step)
+    return Scale(var, ratio if schedule.renormalizes(step) else None, step, 0)
 
 
 def add_gradient(
@@ -192,31 +219,38 @@ def _add_gradient(
     return torch.from_numpy(window.add(ring, owners, step, gradient.numpy(), warmup))
 
 
-def _take_step_op(
+def _settle(
+    var: Tensor,
+    ratio: Tensor,
+    step: Tensor,
     mean_squares: Tensor,
     scales: Tensor,
     gradients: Tensor,
     gradient_steps: Tensor,
     num_steps: Tensor,
-    running_var: Tensor,
     mean_square: Tensor,
     eps: float,
     warmup: int,
     renorm_warmup: int,
     max_ratio: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the scale that was computed, or that of the forward which is run again."""
+    if not in_backward_pass():
+        return var.clone(), ratio.clone(), step.clone(), step.clone()
     windows = Windows(mean_squares, scales, gradients, gradient_steps, num_steps)
     schedule = Schedule(eps, warmup, renorm_warmup, max_ratio)
-    var, ratio, step = take_step(windows, running_var, mean_square, schedule)
-    ratio = torch.ones_like(var) if ratio is None else ratio
-    # What an operator returns is its own: before the windows are warm, var is its argument.
-    return var.clone(), ratio, torch.as_tensor(step, device=var.device)
+    known = int(step) if on_host(step) else step
+    recalled = _recall(windows, mean_square, known, schedule)
+    ratio = torch.ones_like(ratio) if recalled.ratio is None else recalled.ratio.clone()
+    step = torch.as_tensor(recalled.step, device=step.device).clone()
+    return recalled.var.clone(), ratio, step, torch.zeros_like(step)
 
 
-def _take_step_shapes(mean_squares: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    channels = mean_squares.new_empty(mean_squares.shape[1])
-    step = mean_squares.new_empty((), dtype=torch.int64)
-    return channels, torch.empty_like(channels), step
+def _settle_shapes(
+    var: Tensor, ratio: Tensor, step: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like
+    return like(var), like(ratio), like(step), like(step)
 
 
 def _add_gradient_op(
@@ -233,9 +267,7 @@ def _add_gradient_shape(gradients: Tensor, *_: object) -> Tensor:
 def _register(name: str, operator: Any, shapes: Any, mutates: tuple[str, ...]) -> None:
     """Let torch.compile take an operator as it is.
 
-    Traced, the backward would compute again from the buffers what the forward had computed from
-    them, and they have moved in between. Registered without torch.library.custom_op, whose
-    wrapper costs 40 microseconds in a call.
+    Not by torch.library.custom_op, whose wrapper costs 40 microseconds in a call.
     """
     schema = torch.library.infer_schema(operator, mutates_args=mutates)
     torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
@@ -243,13 +275,8 @@ def _register(name: str, operator: Any, shapes: Any, mutates: tuple[str, ...]) -
     torch.library.register_fake(name, shapes)
 
 
-if not hasattr(torch.ops.bnstats, "take_step"):  # as it is if this is imported once more
-    _register(
-        "bnstats::take_step",
-        _take_step_op,
-        _take_step_shapes,
-        ("mean_squares", "scales", "num_steps"),
-    )
+if not hasattr(torch.ops.bnstats, "settle"):  # as it is if this is imported once more
+    _register("bnstats::settle", _settle, _settle_shapes, ())
     _register(
         "bnstats::add_gradient",
         _add_gradient_op,
