@@ -258,6 +258,18 @@ def test_compile_makes_one_graph_with_the_same_results(family, backend):
 
 
 @each_family
+def test_a_checkpoint_around_compiled_code_moves_the_statistics_once(family):
+    torch.compiler.reset()
+    plain, compiled = family.make(2), family.make(2)
+    run = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for x in cases.batches((4, 3, 5, 5), 3):
+        plain(x)
+        checkpoint(run, x.requires_grad_(), use_reentrant=False).square().sum().backward()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(compiled, name), getattr(plain, name))
+
+
+@each_family
 def test_without_affine_there_are_no_parameters(family):
     layer = family.make(1, affine=False)
     assert not [*layer.parameters()]

@@ -301,8 +301,6 @@ class TestCompile:
     @pytest.mark.parametrize("checkpointed", ["nowhere", "inside", "around it"])
     def test_without_a_graph_break_it_is_the_eager_layer(self, checkpointed):
         torch.compiler.reset()
-        if checkpointed == "inside" and torch.__version__.startswith("2.6."):
-            pytest.skip("torch 2.6 runs the layer's operators again in a compiled checkpoint")
         options = {"window": 3, "warmup": 5, "renorm_warmup": 8}
         eager = nn.Sequential(
             bnstats.CenteredConv2d(3, 4, 3), make(2, 4, **options), nn.ReLU(), make(2, 4, **options)

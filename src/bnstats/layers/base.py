@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.layers import fast_moments
+from bnstats.layers import fast_moments, operators
 from bnstats.moments import Number, Weights, fold, fold_
 from bnstats.private import in_backward_pass
 from bnstats.reduction import wide_dtype
@@ -142,10 +142,11 @@ class RunningStatsBatchNorm(_BatchNorm):
             fold_(mean, var, batch_mean, batch_var, self._weigh(batch_values, 1))
         else:
             # The host must not wait for the device: the choice is made there.
-            finite = largest.isfinite()
-            weights = self._weigh(batch_values, finite.long())
+            compiled = torch.compiler.is_compiling()
+            counted = operators.counts(largest) if compiled else largest.isfinite()
+            weights = self._weigh(batch_values, counted.long())
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
-            mean, var = torch.where(finite, new_mean, mean), torch.where(finite, new_var, var)
+            mean, var = torch.where(counted, new_mean, mean), torch.where(counted, new_var, var)
         if mean is not running_mean:
             running_mean.copy_(mean)
             running_var.copy_(var)

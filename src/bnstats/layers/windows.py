@@ -12,6 +12,7 @@ from bnstats.accumulators import window
 from bnstats.accumulators.window import Step
 from bnstats.errors import InvalidValueError
 from bnstats.layers.base import on_host
+from bnstats.layers.operators import register
 from bnstats.private import in_backward_pass
 
 _SAME_BATCH = 0.01
@@ -124,9 +125,7 @@ def _advance_compiled(
     ring = window.written(windows.mean_squares, step, mean_square)
     var: Tensor = window.windowed(ring, step, mean_square, schedule.warmup)
     ratio = _ratio(var, running_var, step, schedule)
-    var, ratio, step, counted = torch.ops.bnstats.settle(
-        var, ratio, step, *windows, mean_square, *schedule
-    )
+    var, ratio, step, counted = _SETTLE(var, ratio, step, *windows, mean_square, *schedule)
     window.write(windows.mean_squares, counted, mean_square)
     window.write(windows.scales, counted, torch.stack((var, ratio)))
     windows.num_steps.add_(counted > 0)
@@ -201,9 +200,7 @@ def add_gradient(
 ) -> Tensor:
     """Take a backward's mean of gradient times normalized value in; return the window's."""
     if torch.compiler.is_compiling():
-        mean: Tensor = torch.ops.bnstats.add_gradient(
-            gradients, gradient_steps, step, gradient, warmup
-        )
+        mean: Tensor = _ADD_GRADIENT(gradients, gradient_steps, step, gradient, warmup)
         return mean
     return _add_gradient(gradients, gradient_steps, step, gradient, warmup)
 
@@ -253,7 +250,7 @@ def _settle_shapes(
     return like(var), like(ratio), like(step), like(step)
 
 
-def _add_gradient_op(
+def _add_gradient_compiled(
     gradients: Tensor, gradient_steps: Tensor, step: Tensor, gradient: Tensor, warmup: int
 ) -> Tensor:
     known = int(step) if on_host(step) else step
@@ -264,22 +261,7 @@ def _add_gradient_shape(gradients: Tensor, *_: object) -> Tensor:
     return gradients.new_empty(gradients.shape[1])
 
 
-def _register(name: str, operator: Any, shapes: Any, mutates: tuple[str, ...]) -> None:
-    """Let torch.compile take an operator as it is.
-
-    Not by torch.library.custom_op, whose wrapper costs 40 microseconds in a call.
-    """
-    schema = torch.library.infer_schema(operator, mutates_args=mutates)
-    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(name, "default", operator)
-    torch.library.register_fake(name, shapes)
-
-
-if not hasattr(torch.ops.bnstats, "settle"):  # as it is if this is imported once more
-    _register("bnstats::settle", _settle, _settle_shapes, ())
-    _register(
-        "bnstats::add_gradient",
-        _add_gradient_op,
-        _add_gradient_shape,
-        ("gradients", "gradient_steps"),
-    )
+_SETTLE = register("settle", _settle, _settle_shapes)
+_ADD_GRADIENT = register(
+    "add_gradient", _add_gradient_compiled, _add_gradient_shape, "gradients", "gradient_steps"
+)
