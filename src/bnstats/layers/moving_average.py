@@ -175,10 +175,9 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
         weight = None if weight is None else weight.to(wide)
         bias = None if bias is None else bias.to(wide)
         windows = self._windows()
-        with torch.no_grad():
-            chi = mean_square(input).to(wide)
-            scale = take_step(windows, running_var, chi, self._schedule())
-            self._follow(running_var, scale, input.numel() // self.num_features)
+        chi = mean_square(input.detach()).to(wide)
+        scale = take_step(windows, running_var, chi, self._schedule())
+        self._follow(running_var, scale, input.numel() // self.num_features)
         return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
 
     def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
