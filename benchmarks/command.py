@@ -6,6 +6,8 @@ import argparse
 import importlib
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks import readme, report
@@ -14,13 +16,7 @@ from benchmarks.rows import Row, Run
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
-LAST = {"layers", "moving_average"}
-"""They change the process's allocator (timing.keep_freed_memory)."""
-
-FOUND = sorted(
-    (path.stem.removeprefix("bench_") for path in ROOT.glob("bench_*.py")),
-    key=lambda name: (name in LAST, name),
-)
+FOUND = sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("bench_*.py"))
 
 
 def main(*chosen: str) -> None:
@@ -39,12 +35,20 @@ def main(*chosen: str) -> None:
         output = options.output or (Path(nowhere) if options.quick else RESULTS)
         run = Run(options.quick, output / slug())
         run.folder.mkdir(parents=True, exist_ok=True)
-        measured = [(name, row) for name in names for row in _measure(name, run)]
+        measured = [(name, row) for name in names for row in _start(name, run)]
     lines = [[name, *report.cells(row)] for name, row in measured]
     if lines:
         print("", *report.table(report.filled([["benchmark", *report.HEADER], *lines])), sep="\n")
     if output == RESULTS:
         readme.rewrite(RESULTS / "cpu")
+
+
+def _start(name: str, run: Run) -> list[Row]:
+    """Run one benchmark in a process of its own: others leave an allocator that is not new."""
+    if run.quick:
+        return _measure(name, run)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(_measure, name, run).result()
 
 
 def _measure(name: str, run: Run) -> list[Row]:

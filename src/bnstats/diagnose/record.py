@@ -137,7 +137,7 @@ def record_batch_stats(
 
     It keeps 4 float64 numbers per channel and iteration on the layer's device, and each layer's
     input until its backward. In time it costs one more pass over the input in the forward and
-    two in the backward; benchmarks/results/diagnose.md has it for a ResNet-18.
+    two in the backward; benchmarks/results/cpu/diagnose.md has it for a ResNet-18.
 
     Args:
         model: any Module; wrappers are seen through. Parts under torch.compile must have been

@@ -55,7 +55,7 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
     - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
     Where batch norm has many values (batches of 16 and more, many positions in an image) this
-    layer has nothing to mend. Measurements are in ``benchmarks/results``, small_batch.
+    layer has nothing to mend. Measurements are in ``benchmarks/results/cpu/small_batch.md``.
 
     Args:
         num_features: C, the number of channels.
