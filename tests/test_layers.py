@@ -269,6 +269,14 @@ def test_a_checkpoint_around_compiled_code_moves_the_statistics_once(family):
         torch.testing.assert_close(getattr(compiled, name), getattr(plain, name))
 
 
+@pytest.mark.parametrize("family", cases.FAMILIES[:2], ids=lambda family: family.name)
+def test_a_training_layer_is_exported_in_torchs_operators_alone(family):
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("this torch does not say that it exports")
+    program = torch.export.export(family.make(2), (torch.randn(4, 3, 5, 5),))
+    assert not [node for node in program.graph.nodes if "bnstats" in str(node.target)]
+
+
 @each_family
 def test_without_affine_there_are_no_parameters(family):
     layer = family.make(1, affine=False)

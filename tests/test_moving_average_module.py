@@ -320,6 +320,12 @@ class TestCompile:
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
+    def test_options_of_numpy_compile(self):
+        torch.compiler.reset()
+        layer = make(eps=np.float64(1e-3), momentum=np.float64(0.1), max_ratio=np.float64(2))
+        torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 4, 5))
+        assert layer.num_steps_tracked == 1
+
     def test_operators_keep_the_rules_of_custom_operators(self):
         layer = train(make(), 30)
         chi = torch.rand(3)

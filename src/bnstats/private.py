@@ -11,8 +11,9 @@ def in_backward_pass() -> bool:
 
     Activation checkpointing runs the forward again from there, for both of its kinds, and no
     public name tells so: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
-    is not its caller. torch.compile cannot trace the question, and answers it by not rerunning
-    buffer updates.
+    is not its caller. torch.compile cannot trace the question. It does not rerun the updates of
+    buffers in a checkpoint inside compiled code; one around it is what operators ask for
+    (:mod:`bnstats.layers.operators`).
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 

@@ -52,7 +52,8 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
 def mean_square(x: Tensor) -> Tensor:
     """Return the mean of the squares per channel, for x of shape (N, C, ...) with values.
 
-    In the wide dtype on CPU, elsewhere in float32 or x's own precision if that is higher.
+    In the wide dtype on CPU, though rows are added up in float32 or x's own precision if that
+    is higher; elsewhere all of it is.
     """
     count = x.numel() // x.shape[1]
     if x.device.type != "cpu":

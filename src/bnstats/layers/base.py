@@ -45,6 +45,8 @@ class RunningStatsBatchNorm(_BatchNorm):
         check_count(name, "num_features", num_features, 1)
         _check_eps(name, eps)
         _check_momentum(name, momentum)
+        # torch.compile does not take numpy's numbers.
+        eps, momentum = float(eps), None if momentum is None else float(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
 
     @abstractmethod
@@ -142,14 +144,19 @@ class RunningStatsBatchNorm(_BatchNorm):
             fold_(mean, var, batch_mean, batch_var, self._weigh(batch_values, 1))
         else:
             # The host must not wait for the device: the choice is made there.
-            compiled = torch.compiler.is_compiling()
-            counted = operators.counts(largest) if compiled else largest.isfinite()
+            counted = operators.counts(largest) if _in_compiled_code() else largest.isfinite()
             weights = self._weigh(batch_values, counted.long())
             new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
             mean, var = torch.where(counted, new_mean, mean), torch.where(counted, new_var, var)
         if mean is not running_mean:
             running_mean.copy_(mean)
             running_var.copy_(var)
+
+
+def _in_compiled_code() -> bool:
+    """Whether this is traced to be run here: what is exported has torch's operators alone."""
+    exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
+    return torch.compiler.is_compiling() and not exporting()
 
 
 def on_host(tensor: Tensor) -> bool:

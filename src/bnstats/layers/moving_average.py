@@ -142,10 +142,10 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
                 "windows are running statistics; nn.BatchNorm can do without"
             )
         super().__init__(num_features, eps, momentum, affine, True, device, dtype)
-        self.window = window
-        self.warmup = warmup
-        self.renorm_warmup = renorm_warmup
-        self.max_ratio = max_ratio
+        self.window = int(window)
+        self.warmup = int(warmup)
+        self.renorm_warmup = int(renorm_warmup)
+        self.max_ratio = float(max_ratio)
         self._register_windows(window)
 
     def last_normalization(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,8 +196,7 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
                 running_var.copy_(running_var.to(var.dtype).lerp(var, gain))
 
     def _schedule(self) -> Schedule:
-        # A numpy number would make float64 of float32.
-        return Schedule(float(self.eps), self.warmup, self.renorm_warmup, float(self.max_ratio))
+        return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""

@@ -10,6 +10,11 @@ from torch import Tensor
 
 from bnstats.private import in_backward_pass
 
+_TAGS = [torch.Tag.pt2_compliant_tag]
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    # What is replayed does not ask again whether it is run in a backward.
+    _TAGS.append(torch.Tag.cudagraph_unsafe)
+
 
 def register(
     name: str, function: Callable[..., Any], shapes: Callable[..., Any], *mutates: str
@@ -27,7 +32,7 @@ def register(
     if not hasattr(torch.ops.bnstats, name):  # else the package is imported once more
         full_name = f"bnstats::{name}"
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        torch.library.define(full_name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.define(full_name, schema, tags=_TAGS)
         torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, shapes)
     operator: Callable[..., Any] = getattr(torch.ops.bnstats, name)

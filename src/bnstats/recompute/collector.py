@@ -39,9 +39,9 @@ class Collector:
         self._channels = [layer.num_features for layer in layers]
         self._corrections = [task.correction_of(layer) for layer in layers]
         self._seen: dict[StagedLayer, Seen] = {}
-        devices = {layer.module.running_mean.device for layer in layers}  # type: ignore[union-attr]
-        self._apart = len(devices) > 1
         self._nothing = task.like.new_zeros(sum(self._channels))
+        devices = {layer.module.running_mean.device for layer in layers}  # type: ignore[union-attr]
+        self._elsewhere = devices != {self._nothing.device}
         self._expanded: tuple[list[int], Tensor] = ([], torch.empty(0))
         self._estimator = self._new_estimator()
 
@@ -53,11 +53,10 @@ class Collector:
 
     def take(self, layer: StagedLayer, seen: Seen) -> None:
         """Take the moments of one call."""
-        before = self._seen.get(layer)
-        seen = seen if before is None else before.merge(seen)
-        if self._apart:
+        if self._elsewhere:
             seen = Seen(seen.num_values, *(x.to(self._nothing.device) for x in seen[1:]))
-        self._seen[layer] = seen
+        before = self._seen.get(layer)
+        self._seen[layer] = seen if before is None else before.merge(seen)
 
     def close_batch(self) -> None:
         """Take in what the layers saw of a batch: all of it, or nothing."""
