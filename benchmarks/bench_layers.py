@@ -75,7 +75,7 @@ def _alone(run: Run, shape: Shape, *, mean: float = 0.0, at_most: dict[str, floa
         TORCH,
         passes=TRAINING_PASSES,
         at_most=at_most,
-        rounds=3 if run.quick else 60,
+        rounds=3 if run.quick else 200,
         calls=1 if run.quick else 10,
     )
 

@@ -122,7 +122,7 @@ def _compare(
         names[0],
         passes=TRAINING_PASSES,
         at_most={} if at_most is None else {names[1]: at_most},
-        rounds=3 if run.quick else 60,
+        rounds=3 if run.quick else 200,
         calls=1 if run.quick else 10,
     )
 

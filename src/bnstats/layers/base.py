@@ -112,16 +112,15 @@ class RunningStatsBatchNorm(_BatchNorm):
         """Normalize by torch's kernel."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        # The batch's statistics come out in the parameters' dtype; half is too coarse.
-        dtype = running_mean.dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            dtype = torch.float32
+        like = running_mean
+        if like.dtype in (torch.float16, torch.bfloat16):
+            # The batch's statistics come out in the parameters' dtype; half is too coarse.
+            like = like.float()
             weight = None if weight is None else weight.float()
             bias = None if bias is None else bias.float()
         # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
         # pass over the input. Autograd keeps them, so they are not written to afterwards.
-        mean = torch.zeros_like(running_mean, dtype=dtype)
-        var = torch.zeros_like(running_mean, dtype=dtype)
+        mean, var = torch.zeros_like(like), torch.zeros_like(like)
         # What F.batch_norm calls after checks that are done: they cost a microsecond.
         use_cudnn = torch.backends.cudnn.enabled
         output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
