@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _LONGEST_ROW = 1024
@@ -62,6 +64,17 @@ def mean_square(x: Tensor) -> Tensor:
     rows = _short_rows(x)
     squares = x.double().square().sum(_others(x)) if rows is None else _sums_of_squares(rows)
     return squares.div_(count)
+
+
+def mean_square_on_host(x: Tensor) -> NDArray[np.float64]:
+    """Return the same as an array, for x on CPU, by numpy: of small x it takes half the time."""
+    rows = _short_rows(x)
+    if rows is None or rows.stride(-1) != 1:
+        return mean_square(x).numpy()
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(x)).numpy()
+    axes = 0 if norms.ndim == 2 else (0, 2)
+    squares: NDArray[np.float64] = np.square(norms).sum(axes, dtype=np.float64)
+    return squares / (x.numel() // x.shape[1])
 
 
 def _others(x: Tensor) -> list[int]:

@@ -29,6 +29,8 @@ def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
 
 def check_dtype(x: Tensor, wide: torch.dtype) -> None:
     """Refuse an input that torch does not normalize with statistics of the wide dtype."""
+    if x.dtype == wide:
+        return
     fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
     if x.dtype not in fitting:
         expected = " or ".join(map(str, fitting))
@@ -54,10 +56,8 @@ def about_zero(
 
     Only x and vectors of one number per channel are kept for the backward.
     """
-    buffers = (windows.gradients, windows.gradient_steps)
-    var, ratio, step, _ = scale
     output: Tensor = _AboutZero.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, var, ratio, step, *buffers, eps, warmup
+        x, weight, bias, scale, windows, eps, warmup
     )
     return output
 
@@ -69,22 +69,19 @@ class _AboutZero(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        var: Tensor,
-        ratio: Tensor | None,
-        step: int | Tensor,
-        gradients: Tensor,
-        gradient_steps: Tensor,
+        scale: Scale,
+        windows: Windows,
         eps: float,
         warmup: int,
     ) -> Tensor:
+        var, ratio, step, _ = scale
         # A step that is a tensor is one of autograd's, so that torch.compile passes it on.
         steps = (step,) if isinstance(step, Tensor) else ()
         factor = _product(weight, ratio)
         ctx.save_for_backward(x, factor, var, ratio, *steps)
         ctx.step = None if steps else step
         # Not saved but held: other forwards may write to them before this backward does.
-        ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
-        ctx.eps, ctx.warmup = eps, warmup
+        ctx.windows, ctx.eps, ctx.warmup = windows, eps, warmup
         return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
@@ -102,11 +99,11 @@ class _AboutZero(torch.autograd.Function):
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
         grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
 
-        psi = _product(grad_z, factor) / (x.numel() // x.shape[1])
-        mean = add_gradient(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
+        count = x.numel() // x.shape[1]
+        mean = add_gradient(ctx.windows, step, grad_z, factor, count, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
         grad_weight = _product(grad_z, ratio) if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 7
+        return grad_x, grad_weight, grad_bias if needs_bias else None, None, None, None, None
 
 
 Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
@@ -115,9 +112,9 @@ Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 
 def _anywhere(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: float) -> Fused:
     """Use the backward of evaluation-mode batch norm: the sums and ``g / sqrt(var + eps)``."""
-    zeros, unused = torch.zeros_like(var), var.new_empty(0)
+    zeros = torch.zeros_like(var)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, factor, zeros, var, unused, unused, False, eps, [True, True, True]
+        grad, x, factor, zeros, var, None, None, False, eps, [True, True, True]
     )
 
     def input_gradient(mean: Tensor) -> Tensor:

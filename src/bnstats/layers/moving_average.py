@@ -14,7 +14,6 @@ from bnstats.layers.base import check_count, check_number, count_
 from bnstats.layers.windowed import WindowedBatchNorm
 from bnstats.layers.windows import Scale, Schedule, take_step
 from bnstats.moments import Weights
-from bnstats.reduction import mean_square
 
 
 class MovingAverageBatchNorm(WindowedBatchNorm):
@@ -163,20 +162,22 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
         return averaging(self.momentum, pooled=False)
 
     def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
-        running_var = self.running_var
+        running_var = self._buffers["running_var"]
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         assert running_var is not None
         if input.numel() == 0:
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
-        wide = self.window_mean_squares.dtype
-        check_dtype(input, wide)  # not left to torch: the state moves before it looks
-        weight = None if weight is None else weight.to(wide)
-        bias = None if bias is None else bias.to(wide)
         windows = self._windows()
-        chi = mean_square(input.detach()).to(wide)
-        scale = take_step(windows, running_var, chi, self._schedule())
+        wide = windows.mean_squares.dtype
+        check_dtype(input, wide)  # not left to torch: the state moves before it looks
+        # What is wide already is not asked to be: that costs microseconds.
+        if weight is not None and weight.dtype != wide:
+            weight = weight.to(wide)
+        if bias is not None and bias.dtype != wide:
+            bias = bias.to(wide)
+        scale = take_step(windows, running_var, input, self._schedule())
         self._follow(running_var, scale, input.numel() // self.num_features)
         return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
 

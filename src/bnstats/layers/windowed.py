@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class WindowedBatchNorm(RunningStatsBatchNorm):
             self.register_buffer(name, buffer, persistent=name != "window_scales")
 
     def _windows(self) -> Windows:
-        return Windows(*(self._buffers[name] for name in _WINDOWS))  # type: ignore[arg-type]
+        return Windows(*itemgetter(*_WINDOWS)(self._buffers))
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, variance 1, empty windows, counters 0."""

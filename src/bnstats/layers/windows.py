@@ -14,6 +14,7 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers.base import on_host
 from bnstats.layers.operators import register
 from bnstats.private import in_backward_pass
+from bnstats.reduction import mean_square, mean_square_on_host
 
 _SAME_BATCH = 0.01
 """Relative distance up to which two mean squares can be one batch's, computed twice. On most
@@ -80,33 +81,30 @@ class Scale(NamedTuple):
     counted: Step
 
 
-def take_step(
-    windows: Windows, running_var: Tensor, mean_square: Tensor, schedule: Schedule
-) -> Scale:
+def take_step(windows: Windows, running_var: Tensor, x: Tensor, schedule: Schedule) -> Scale:
     """Take a batch's mean square in, and return what the batch is normalized with.
 
     A batch that is not finite is normalized by itself, as ``nn.BatchNorm`` does, and does not
     count. A forward that runs inside a backward pass is one that activation checkpointing runs
     again: it gets what it got the first time, and changes nothing.
     """
-    if not on_host(mean_square):
-        step = torch.where(mean_square.sum().isfinite(), windows.num_steps + 1, 0)
-        if torch.compiler.is_compiling():
-            return _advance_compiled(windows, running_var, mean_square, step, schedule)
-        if in_backward_pass():
-            return _recall(windows, mean_square, step, schedule)
-        return _advance(windows, running_var, mean_square, step, schedule)
-    number = int(windows.num_steps) + 1 if window.is_finite(mean_square) else 0
+    x = x.detach()
+    if on_host(x):
+        return _take_step_on_host(windows, running_var, x, schedule)
+    chi = mean_square(x).to(windows.mean_squares.dtype)
+    step = torch.where(chi.sum().isfinite(), windows.num_steps + 1, 0)
+    if torch.compiler.is_compiling():
+        return _advance_compiled(windows, running_var, chi, step, schedule)
     if in_backward_pass():
-        return _recall(windows, mean_square, number, schedule)
-    return _advance_on_host(windows, running_var, mean_square, number, schedule)
+        return _recall(windows, chi, step, schedule)
+    return _advance(windows, running_var, chi, step, schedule)
 
 
 def _advance(
-    windows: Windows, running_var: Tensor, mean_square: Tensor, step: Tensor, schedule: Schedule
+    windows: Windows, running_var: Tensor, chi: Tensor, step: Tensor, schedule: Schedule
 ) -> Scale:
-    window.write(windows.mean_squares, step, mean_square)
-    var: Tensor = window.windowed(windows.mean_squares, step, mean_square, schedule.warmup)
+    window.write(windows.mean_squares, step, chi)
+    var: Tensor = window.windowed(windows.mean_squares, step, chi, schedule.warmup)
     ratio = _ratio(var, running_var, step, schedule)
     window.write(windows.scales, step, torch.stack((var, ratio)))
     windows.num_steps.add_(step > 0)
@@ -114,7 +112,7 @@ def _advance(
 
 
 def _advance_compiled(
-    windows: Windows, running_var: Tensor, mean_square: Tensor, step: Tensor, schedule: Schedule
+    windows: Windows, running_var: Tensor, chi: Tensor, step: Tensor, schedule: Schedule
 ) -> Scale:
     """Do the same in code for torch.compile.
 
@@ -122,11 +120,11 @@ def _advance_compiled(
     and they have moved in between; not so what an operator returns. Whether a checkpoint runs
     all of it again can be asked from inside an operator only.
     """
-    ring = window.written(windows.mean_squares, step, mean_square)
-    var: Tensor = window.windowed(ring, step, mean_square, schedule.warmup)
+    ring = window.written(windows.mean_squares, step, chi)
+    var: Tensor = window.windowed(ring, step, chi, schedule.warmup)
     ratio = _ratio(var, running_var, step, schedule)
-    var, ratio, step, counted = _SETTLE(var, ratio, step, *windows, mean_square, *schedule)
-    window.write(windows.mean_squares, counted, mean_square)
+    var, ratio, step, counted = _SETTLE(var, ratio, step, *windows, chi, *schedule)
+    window.write(windows.mean_squares, counted, chi)
     window.write(windows.scales, counted, torch.stack((var, ratio)))
     windows.num_steps.add_(counted > 0)
     return Scale(var, ratio, step, counted)
@@ -139,49 +137,52 @@ def _ratio(var: Tensor, running_var: Tensor, step: Tensor, schedule: Schedule) -
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
-def _advance_on_host(
-    windows: Windows, running_var: Tensor, mean_square: Tensor, step: int, schedule: Schedule
+def _take_step_on_host(
+    windows: Windows, running_var: Tensor, x: Tensor, schedule: Schedule
 ) -> Scale:
     """Do the same with numbers and arrays: numpy's small operations cost a third of torch's."""
-    if not step:
-        return Scale(mean_square, None, 0, 0)
     ring, scales = windows.mean_squares.numpy(), windows.scales.numpy()
-    window.write(ring, step, mean_square.numpy())
-    var = window.windowed(ring, step, mean_square.numpy(), schedule.warmup)
-    window.write(scales[:, 0], step, var)
+    chi = mean_square_on_host(x).astype(ring.dtype)
+    step = int(windows.num_steps) + 1 if window.is_finite(chi) else 0
+    if in_backward_pass():
+        return _recall(windows, torch.from_numpy(chi), step, schedule)
+    if not step:
+        return Scale(torch.from_numpy(chi), None, 0, 0)
     windows.num_steps.fill_(step)
+    window.write(ring, step, chi)
+    var = window.windowed(ring, step, chi, schedule.warmup)
+    window.write(scales[:, 0], step, var)
     if not schedule.renormalizes(step):
         return Scale(torch.from_numpy(var), None, step, step)
-    ratio = np.sqrt(
-        (var + schedule.eps) / (running_var.to(mean_square.dtype).numpy() + schedule.eps)
-    )
+    before = running_var.to(windows.scales.dtype).numpy()
+    ratio = np.sqrt((var + schedule.eps) / (before + schedule.eps))
     ratio = np.minimum(np.maximum(ratio, 1 / schedule.max_ratio), schedule.max_ratio)
     window.write(scales[:, 1], step, ratio)
     return Scale(torch.from_numpy(var), torch.from_numpy(ratio), step, step)
 
 
-def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedule) -> Scale:
+def _recall(windows: Windows, chi: Tensor, step: Step, schedule: Schedule) -> Scale:
     """Find the step that is run again, by its mean square; nothing else tells it apart.
 
     Where batches are alike it is the latest whose backward has not run yet.
     """
     if isinstance(step, int) and not step:
-        return Scale(mean_square, None, 0, 0)
+        return Scale(chi, None, 0, 0)
     slots = len(windows.mean_squares)
     steps = window.latest_steps(windows.num_steps, windows.mean_squares)
-    distance = torch.linalg.vector_norm(windows.mean_squares - mean_square, dim=1)
+    distance = torch.linalg.vector_norm(windows.mean_squares - chi, dim=1)
     distance = torch.where(steps > 0, distance, torch.inf)
     nearest = distance.min()
     preference = steps + slots * (windows.gradient_steps != steps)
     slot = torch.where(distance == nearest, preference, 0).argmax().unsqueeze(0)
-    found = nearest <= _SAME_BATCH * torch.linalg.vector_norm(mean_square)
+    found = nearest <= _SAME_BATCH * torch.linalg.vector_norm(chi)
     var, ratio = windows.scales.index_select(0, slot).squeeze(0).unbind()
     recalled = steps.index_select(0, slot).squeeze(0)
     if isinstance(step, Tensor):
         # The host does not know whether it was found: if not, NaN will tell.
         var = torch.where(found, var, torch.nan)
         counts = step > 0
-        var = torch.where(counts, var, mean_square)
+        var = torch.where(counts, var, chi)
         ratio, recalled = torch.where(counts, ratio, 1), torch.where(counts, recalled, 0)
         return Scale(var, ratio, recalled, 0)
     if not found:
@@ -196,24 +197,40 @@ def _recall(windows: Windows, mean_square: Tensor, step: Step, schedule: Schedul
 
 
 def add_gradient(
-    gradients: Tensor, gradient_steps: Tensor, step: Step, gradient: Tensor, warmup: int
+    windows: Windows, step: Step, grad_z: Tensor, factor: Tensor | None, count: int, warmup: int
 ) -> Tensor:
-    """Take a backward's mean of gradient times normalized value in; return the window's."""
-    if torch.compiler.is_compiling():
-        mean: Tensor = _ADD_GRADIENT(gradients, gradient_steps, step, gradient, warmup)
-        return mean
-    return _add_gradient(gradients, gradient_steps, step, gradient, warmup)
+    """Take a backward's ``psi = factor grad_z / count`` in, and return the window's mean of it.
+
+    Args:
+        windows: of which the gradients are written to.
+        step: the step of the forward.
+        grad_z: sum of gradient times normalized value, of shape (C,).
+        factor: what the normalized value is multiplied by, of shape (C,), or None for 1.
+        count: values per channel.
+        warmup: of the schedule.
+    """
+    ring, owners = windows.gradients, windows.gradient_steps
+    if not isinstance(step, Tensor):
+        return _add_gradient_on_host(ring, owners, step, grad_z, factor, count, warmup)
+    psi = (grad_z if factor is None else grad_z * factor) / count
+    add = _ADD_GRADIENT if torch.compiler.is_compiling() else window.add
+    mean: Tensor = add(ring, owners, step, psi, warmup)
+    return mean
 
 
 @np.errstate(all="ignore")
-def _add_gradient(
-    gradients: Tensor, gradient_steps: Tensor, step: Step, gradient: Tensor, warmup: int
+def _add_gradient_on_host(
+    gradients: Tensor,
+    gradient_steps: Tensor,
+    step: int,
+    grad_z: Tensor,
+    factor: Tensor | None,
+    count: int,
+    warmup: int,
 ) -> Tensor:
-    if isinstance(step, Tensor):
-        mean: Tensor = window.add(gradients, gradient_steps, step, gradient, warmup)
-        return mean
-    ring, owners = gradients.numpy(), gradient_steps.numpy()
-    return torch.from_numpy(window.add(ring, owners, step, gradient.numpy(), warmup))
+    ring, owners, psi = gradients.numpy(), gradient_steps.numpy(), grad_z.numpy()
+    psi = (psi if factor is None else psi * factor.numpy()) / count
+    return torch.from_numpy(window.add(ring, owners, step, psi, warmup))
 
 
 def _settle(
@@ -225,7 +242,7 @@ def _settle(
     gradients: Tensor,
     gradient_steps: Tensor,
     num_steps: Tensor,
-    mean_square: Tensor,
+    chi: Tensor,
     eps: float,
     warmup: int,
     renorm_warmup: int,
@@ -237,7 +254,7 @@ def _settle(
     windows = Windows(mean_squares, scales, gradients, gradient_steps, num_steps)
     schedule = Schedule(eps, warmup, renorm_warmup, max_ratio)
     known = int(step) if on_host(step) else step
-    recalled = _recall(windows, mean_square, known, schedule)
+    recalled = _recall(windows, chi, known, schedule)
     ratio = torch.ones_like(ratio) if recalled.ratio is None else recalled.ratio.clone()
     step = torch.as_tensor(recalled.step, device=step.device).clone()
     return recalled.var.clone(), ratio, step, torch.zeros_like(step)
@@ -251,10 +268,13 @@ def _settle_shapes(
 
 
 def _add_gradient_compiled(
-    gradients: Tensor, gradient_steps: Tensor, step: Tensor, gradient: Tensor, warmup: int
+    gradients: Tensor, gradient_steps: Tensor, step: Tensor, psi: Tensor, warmup: int
 ) -> Tensor:
-    known = int(step) if on_host(step) else step
-    return _add_gradient(gradients, gradient_steps, known, gradient, warmup).clone()
+    if on_host(step):
+        number = int(step)
+        return _add_gradient_on_host(gradients, gradient_steps, number, psi, None, 1, warmup)
+    mean: Tensor = window.add(gradients, gradient_steps, step, psi, warmup)
+    return mean
 
 
 def _add_gradient_shape(gradients: Tensor, *_: object) -> Tensor:
