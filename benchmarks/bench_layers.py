@@ -60,7 +60,7 @@ def _training_step(run: Run) -> list[Row]:
         name: training_step(torchvision_model("resnet18", norm_layer=layer), size)
         for name, layer in LAYERS.items()
     }
-    timings = compare(steps, rounds=1 if run.quick else 60)
+    timings = compare(steps, rounds=1 if run.quick else 200)
     return rows("ResNet-18 training step", str(size), timings, TORCH, at_most=_ours(TRAINING_STEP))
 
 
