@@ -331,7 +331,7 @@ class TestCompile:
         chi = torch.rand(3)
         step = layer.num_steps_tracked + 0
         scale = (torch.rand(3), torch.rand(3), step)
-        arguments = (*scale, *layer._windows(), chi, *layer._schedule())
+        arguments = (*scale, *layer._windows(), chi, 1e-5, 5, 8, 5.0)
         torch.library.opcheck(torch.ops.bnstats.settle, arguments)
         arguments = (layer.window_gradients, layer.window_gradient_steps, step, chi, 5)
         torch.library.opcheck(torch.ops.bnstats.add_gradient, arguments)

@@ -25,3 +25,11 @@ def only_reverse_mode() -> bool:
     ask whether one of them is at work.
     """
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def watched() -> bool:
+    """Whether something records the operators that run, such as make_fx or torch.jit.trace.
+
+    What numpy does would be a constant in the record. There is no public way to ask for modes.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()

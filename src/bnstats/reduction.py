@@ -67,7 +67,7 @@ def mean_square(x: Tensor) -> Tensor:
 
 
 def mean_square_on_host(x: Tensor) -> NDArray[np.float64]:
-    """Return the same as an array, for x on CPU, by numpy: of small x it takes half the time."""
+    """Return the same as an array, for x on CPU: numpy's small operations cost less."""
     rows = _short_rows(x)
     if rows is None or rows.stride(-1) != 1:
         return mean_square(x).numpy()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bnstats.accumulators.window import Step
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.layers.windows import Scale, Windows, add_gradient
+from bnstats.layers.windows import Scale, Schedule, Windows, add_gradient
 
 HALF = (torch.float16, torch.bfloat16)
 """What torch normalizes with float32 statistics too."""
@@ -43,8 +44,7 @@ def about_zero(
     bias: Tensor | None,
     scale: Scale,
     windows: Windows,
-    eps: float,
-    warmup: int,
+    schedule: Schedule,
 ) -> Tensor:
     """Normalize x about zero; in the backward let the window stand in for the batch's average.
 
@@ -57,7 +57,7 @@ def about_zero(
     Only x and vectors of one number per channel are kept for the backward.
     """
     output: Tensor = _AboutZero.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, scale, windows, eps, warmup
+        x, weight, bias, scale.var, scale.ratio, scale.step, windows, schedule
     )
     return output
 
@@ -69,20 +69,20 @@ class _AboutZero(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        scale: Scale,
+        var: Tensor,
+        ratio: Tensor | None,
+        step: Step,
         windows: Windows,
-        eps: float,
-        warmup: int,
+        schedule: Schedule,
     ) -> Tensor:
-        var, ratio, step, _ = scale
         # A step that is a tensor is one of autograd's, so that torch.compile passes it on.
         steps = (step,) if isinstance(step, Tensor) else ()
         factor = _product(weight, ratio)
         ctx.save_for_backward(x, factor, var, ratio, *steps)
         ctx.step = None if steps else step
         # Not saved but held: other forwards may write to them before this backward does.
-        ctx.windows, ctx.eps, ctx.warmup = windows, eps, warmup
-        return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
+        ctx.windows, ctx.schedule = windows, schedule
+        return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, schedule.eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,13 +97,13 @@ class _AboutZero(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
-        grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
+        grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.schedule.eps)
 
         count = x.numel() // x.shape[1]
-        mean = add_gradient(ctx.windows, step, grad_z, factor, count, ctx.warmup)
+        mean = add_gradient(ctx.windows, step, grad_z, factor, count, ctx.schedule.warmup)
         grad_x = input_gradient(mean) if needs_x else None
         grad_weight = _product(grad_z, ratio) if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, None, None, None, None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 5
 
 
 Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]

@@ -50,7 +50,7 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
     - ``warmup``: until then the layer is a batch norm over few values. Long enough for the
       window to fill, short against the training: a quarter of it costs accuracy.
     - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
-      ``2 / momentum`` forwards to settle; a short training does as well without it.
+      time to settle, by default ``20 / momentum`` forwards; a short training does without it.
     - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
     Where batch norm has many values (batches of 16 and more, many positions in an image) this
@@ -177,9 +177,10 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
             weight = weight.to(wide)
         if bias is not None and bias.dtype != wide:
             bias = bias.to(wide)
-        scale = take_step(windows, running_var, input, self._schedule())
+        schedule = Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
+        scale = take_step(windows, running_var, input, schedule)
         self._follow(running_var, scale, input.numel() // self.num_features)
-        return about_zero(input, weight, bias, scale, windows, self.eps, self.warmup)
+        return about_zero(input, weight, bias, scale, windows, schedule)
 
     def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
         """Take the core's step about zero, where no means take part, and count the batch."""
@@ -195,9 +196,6 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
                 running_var.lerp_(var, gain)
             else:
                 running_var.copy_(running_var.to(var.dtype).lerp(var, gain))
-
-    def _schedule(self) -> Schedule:
-        return Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""
