@@ -27,9 +27,10 @@ def only_reverse_mode() -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def watched() -> bool:
-    """Whether something records the operators that run, such as make_fx or torch.jit.trace.
+def recording() -> bool:
+    """Whether make_fx or torch.jit.trace records the operators that run.
 
-    What numpy does would be a constant in the record. There is no public way to ask for modes.
+    What numpy does would be a constant in the record. There is no public way to ask the first.
     """
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_dispatch_mode(proxy) is not None or torch._C._is_tracing()

@@ -13,7 +13,7 @@ from bnstats.accumulators.window import Step
 from bnstats.errors import InvalidValueError
 from bnstats.layers.base import on_host
 from bnstats.layers.operators import register
-from bnstats.private import in_backward_pass, watched
+from bnstats.private import in_backward_pass, recording
 from bnstats.reduction import mean_square, mean_square_on_host
 
 _SAME_BATCH = 0.01
@@ -89,7 +89,7 @@ def take_step(windows: Windows, running_var: Tensor, x: Tensor, schedule: Schedu
     again: it gets what it got the first time, and changes nothing.
     """
     x = x.detach()
-    if on_host(x) and not watched():
+    if on_host(x) and not recording():
         return _take_step_on_host(windows, running_var, x, schedule)
     chi = mean_square(x).to(windows.mean_squares.dtype)
     step = torch.where(chi.sum().isfinite(), windows.num_steps + 1, 0)
