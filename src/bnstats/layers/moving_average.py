@@ -50,7 +50,7 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
     - ``warmup``: until then the layer is a batch norm over few values. Long enough for the
       window to fill, short against the training: a quarter of it costs accuracy.
     - ``renorm_warmup``: from then on the output follows evaluation's, slowly. Give running_var
-      time to settle, by default ``20 / momentum`` forwards; a short training does without it.
+      time to settle, many times ``1 / momentum`` forwards: the defaults are 1000 and 50.
     - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
     Where batch norm has many values (batches of 16 and more, many positions in an image) this
