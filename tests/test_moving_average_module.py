@@ -320,6 +320,19 @@ class TestCompile:
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
+    def test_where_shapes_are_dynamic_it_is_the_eager_layer(self):
+        torch.compiler.reset()
+        layer = make()
+        twin = copy.deepcopy(layer)
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for size in (4, 5, 6):
+            x = torch.randn(2, 3, size, size + 1)
+            for run in (compiled, twin):
+                run(x).pow(3).sum().backward()
+        torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+        for mine, plain in zip(layer.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, plain.grad)
+
     def test_options_of_numpy_compile(self):
         torch.compiler.reset()
         layer = make(eps=np.float64(1e-3), momentum=np.float64(0.1), max_ratio=np.float64(2))

@@ -56,8 +56,11 @@ def about_zero(
 
     Only x and vectors of one number per channel are kept for the backward.
     """
+    # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
+    buffers = (windows.gradients, windows.gradient_steps)
+    var, ratio, step, _ = scale
     output: Tensor = _AboutZero.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, scale.var, scale.ratio, scale.step, windows, schedule
+        x, weight, bias, var, ratio, step, *buffers, schedule.eps, schedule.warmup
     )
     return output
 
@@ -72,8 +75,10 @@ class _AboutZero(torch.autograd.Function):
         var: Tensor,
         ratio: Tensor | None,
         step: Step,
-        windows: Windows,
-        schedule: Schedule,
+        gradients: Tensor,
+        gradient_steps: Tensor,
+        eps: float,
+        warmup: int,
     ) -> Tensor:
         # A step that is a tensor is one of autograd's, so that torch.compile passes it on.
         steps = (step,) if isinstance(step, Tensor) else ()
@@ -81,8 +86,9 @@ class _AboutZero(torch.autograd.Function):
         ctx.save_for_backward(x, factor, var, ratio, *steps)
         ctx.step = None if steps else step
         # Not saved but held: other forwards may write to them before this backward does.
-        ctx.windows, ctx.schedule = windows, schedule
-        return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, schedule.eps)
+        ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
+        ctx.eps, ctx.warmup = eps, warmup
+        return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,13 +103,14 @@ class _AboutZero(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
-        grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.schedule.eps)
+        grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
 
         count = x.numel() // x.shape[1]
-        mean = add_gradient(ctx.windows, step, grad_z, factor, count, ctx.schedule.warmup)
+        buffers = (ctx.gradients, ctx.gradient_steps)
+        mean = add_gradient(*buffers, step, grad_z, factor, count, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
         grad_weight = _product(grad_z, ratio) if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 5
+        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 7
 
 
 Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]

@@ -197,24 +197,31 @@ def _recall(windows: Windows, chi: Tensor, step: Step, schedule: Schedule) -> Sc
 
 
 def add_gradient(
-    windows: Windows, step: Step, grad_z: Tensor, factor: Tensor | None, count: int, warmup: int
+    gradients: Tensor,
+    gradient_steps: Tensor,
+    step: Step,
+    grad_z: Tensor,
+    factor: Tensor | None,
+    count: int,
+    warmup: int,
 ) -> Tensor:
     """Take a backward's ``psi = factor grad_z / count`` in, and return the window's mean of it.
 
     Args:
-        windows: of which the gradients are written to.
+        gradients: of the windows; written to.
+        gradient_steps: of the windows; written to.
         step: the step of the forward.
         grad_z: sum of gradient times normalized value, of shape (C,).
         factor: what the normalized value is multiplied by, of shape (C,), or None for 1.
         count: values per channel.
         warmup: of the schedule.
     """
-    ring, owners = windows.gradients, windows.gradient_steps
     if not isinstance(step, Tensor):
-        return _add_gradient_on_host(ring, owners, step, grad_z, factor, count, warmup)
+        arguments = (step, grad_z, factor, count, warmup)
+        return _add_gradient_on_host(gradients, gradient_steps, *arguments)
     psi = (grad_z if factor is None else grad_z * factor) / count
     add = _ADD_GRADIENT if torch.compiler.is_compiling() else window.add
-    mean: Tensor = add(ring, owners, step, psi, warmup)
+    mean: Tensor = add(gradients, gradient_steps, step, psi, warmup)
     return mean
 
 
