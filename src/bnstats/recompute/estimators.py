@@ -12,8 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bnstats.accumulators import exponential, per_batch
-from bnstats.accumulators.exponential import averaging
+from bnstats.accumulators import exponential, per_batch, separate
 from bnstats.moments import Moments, Weights, fold
 from bnstats.recompute.spread import Spread
 
@@ -131,7 +130,7 @@ class Averaged:
     Args:
         correction: of shape (C,), subtracted from the count in each batch variance's divisor.
         like: any float tensor of shape (C,), for its shape, dtype and device.
-        policy: from the number of batches, the new one included, to its weights.
+        policy: from the number of batches before a new one to its weights.
     """
 
     averages_variances = True
@@ -148,9 +147,10 @@ class Averaged:
         """Average the batch in."""
         present = batch.count > 0
         var = torch.where(present, batch.var(self._correction), 0)
-        weights = self._policy(self._spread.num_batches + 1)
+        weights = self._policy(self._spread.num_batches)
         mean, new_var = fold(self._mean, self._var, batch.mean, var, weights)
-        squares = weights.keep**2 * self._squared_weights + weights.gain**2
+        weight = 1 / weights.size
+        squares = (1 - weight) ** 2 * self._squared_weights + weight**2
         self._mean = torch.where(present, mean, self._mean)
         self._var = torch.where(present, new_var, self._var)
         self._squared_weights = torch.where(present, squares, self._squared_weights)
@@ -170,9 +170,9 @@ class Averaged:
         """
         count, mean, var, squared_weights = state[:4]
         batches = self._spread.num_batches + state[4]
-        weights = averaging(state[4] / batches.clamp(min=1), pooled=False)
-        self._mean, self._var = fold(self._mean, self._var, mean, var, weights)
-        squares = weights.keep**2 * self._squared_weights + weights.gain**2 * squared_weights
+        weight = state[4] / batches.clamp(min=1)
+        self._mean, self._var = fold(self._mean, self._var, mean, var, separate(1 / weight))
+        squares = (1 - weight) ** 2 * self._squared_weights + weight**2 * squared_weights
         self._squared_weights = squares
         self._count = self._count + count
         self._spread.absorb(state[4:])
@@ -203,7 +203,7 @@ def _average(correction: Tensor, like: Tensor) -> Estimator:
 
 def _moving_average(correction: Tensor, like: Tensor) -> Estimator:
     def policy(num_batches: Tensor) -> Weights:
-        return exponential(num_batches, EMA_MOMENTUM, debias=True, pooled=False)
+        return exponential(num_batches, EMA_MOMENTUM, pooled=False)
 
     return Averaged(correction, like, policy)
 
