@@ -81,8 +81,8 @@ def fold_(
         state as it is.
     """
     size, divisor, fade, between = weights
-    target = batch_spread
     delta = batch_mean - mean
+    target = batch_spread
     if between != 0 and size != 1:
         target = torch.addcmul(target, delta, delta, value=between * (1 - 1 / size))
     # Where a mean is not finite, neither is the variance about it.

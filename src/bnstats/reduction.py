@@ -28,6 +28,12 @@ _LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
+_FEWEST_SAMPLES = 8
+"""Samples from which on looking at the first one, to see whether the sums cancel, is cheap."""
+
+_CACHED = 2**17
+"""Values that stay in a core's cache."""
+
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 for a device that has no float64."""
@@ -104,25 +110,69 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
         What :func:`mean_and_m2` does, or None where another way is faster: x, floating-point on
         CPU, has no fitting rows, or the sums cancel in too many channels.
     """
-    count = x.numel() // x.shape[1]
     rows = _short_rows(x)
     if rows is None:
         return None
-    total = _per_channel(rows.sum(-1, dtype=_accumulator(x)))
-    squares = _sums_of_squares(rows)
+    shift = _shift(x, rows)
+    if shift is None:
+        total, squares = _sums(rows)
+    else:
+        total, squares = _sums_about(x, shift)
+    count = x.numel() // x.shape[1]
     mean = total / count
     m2 = torch.addcmul(squares, total, mean, value=-1)
 
-    # Not the other way round: what is not finite may be so here only.
-    excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
-    if not excess.max().item() <= 0:
-        channels = (excess <= 0).logical_not_().nonzero().squeeze(1)
+    cancels = _cancels(squares, m2)
+    if shift is not None:
+        mean = mean + shift
+    if cancels.any().item():
+        channels = cancels.nonzero().squeeze(1)
         if len(channels) > x.shape[1] // 4:
             return None
         exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
         mean.index_copy_(0, channels, exact_mean)
         m2.index_copy_(0, channels, exact_m2)
     return mean, m2
+
+
+def _cancels(squares: Tensor, m2: Tensor) -> Tensor:
+    """Say of each channel whether its sums cancel too much."""
+    # Not the other way round: what is not finite may be so here only.
+    excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
+    return (excess <= 0).logical_not_()
+
+
+def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum and the sum of squares per channel."""
+    return _per_channel(rows.sum(-1, dtype=_accumulator(rows))), _sums_of_squares(rows)
+
+
+def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
+    """Return each channel's mean in the first sample if most channels' sums cancel there."""
+    if len(x) < _FEWEST_SAMPLES or not x.is_contiguous():
+        return None
+    total, squares = _sums(rows[:1])
+    mean = total / (x.numel() // (len(x) * x.shape[1]))
+    cancels = _cancels(squares, torch.addcmul(squares, total, mean, value=-1))
+    return mean.to(x.dtype) if cancels.sum().item() > x.shape[1] // 4 else None
+
+
+def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of :func:`_sums` for ``x - shift``, a few samples at a time.
+
+    What is read again then comes from the cache.
+    """
+    step = max(1, _CACHED * len(x) // x.numel())
+    shift = shift.view(-1, *[1] * (x.dim() - 2))
+    difference = torch.empty_like(x[:step])
+    totals = []
+    for samples in x.split(step):
+        part = torch.sub(samples, shift, out=difference[: len(samples)])
+        rows = _short_rows(part)
+        assert rows is not None  # for x has them, with the same axes
+        totals.append(torch.stack(_sums(rows)))
+    total, squares = torch.stack(totals).sum(0)
+    return total, squares
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

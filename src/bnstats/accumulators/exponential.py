@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ def exponential(
         debias: take the initial state out.
         pooled: count the variance between the state's mean and the batch's.
     """
+    if isinstance(num_batches, Tensor):
+        return _weights(num_batches, momentum, batch_values, debias, pooled)
+    # In a long training the weights are always the same.
+    settled = 40 / max(momentum, 1e-30)
+    return _cached(min(num_batches, settled), momentum, batch_values, debias, pooled)
+
+
+def _weights(
+    num_batches: Number, momentum: float, batch_values: int, debias: bool, pooled: bool
+) -> Weights:
     q = 1 - momentum
     if momentum == 0:
         return separate(math.inf)
@@ -57,6 +68,9 @@ def exponential(
     divisor = affine((1 - before) / momentum / unit, after / momentum / unit, decay)
     fade = affine((1 - momentum / batch_values) / unit, -q * limit / unit, decay)
     return Weights(1 / momentum, divisor, fade, between=1 / unit)
+
+
+_cached = lru_cache(maxsize=4096)(_weights)
 
 
 def _decay(num_batches: Number, momentum: float) -> Number:

@@ -123,17 +123,6 @@ class RunningStatsBatchNorm(_BatchNorm):
                 f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
                 "leave such a batch out, or use MovingAverageBatchNorm"
             )
-        normalized: batch_norm_cpu.Normalized | None = None
-        if not torch.compiler.is_compiling() and batch_norm_cpu.is_faster(input, running_mean):
-            normalized = batch_norm_cpu.batch_norm(input, self.weight, self.bias, self.eps)
-        output, mean, var = normalized or self._normalize(input, running_mean)
-        # A batch of no values has no statistics.
-        if count > 0 and self.momentum != 0:
-            self._track(mean, var, count)
-        return output
-
-    def _normalize(self, input: Tensor, running_mean: Tensor) -> batch_norm_cpu.Normalized:
-        """Normalize by torch's kernel."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         like = running_mean
@@ -142,13 +131,21 @@ class RunningStatsBatchNorm(_BatchNorm):
             like = like.float()
             weight = None if weight is None else weight.float()
             bias = None if bias is None else bias.float()
-        # With momentum 1 the fused kernel leaves the batch's own statistics here: no second
-        # pass over the input. Autograd keeps them, so they are not written to afterwards.
-        mean, var = torch.zeros_like(like), torch.zeros_like(like)
-        # What F.batch_norm calls after checks that are done: they cost a microsecond.
+        # A batch of no values has no statistics.
+        moves = count > 0 and self.momentum != 0
+        if count > 0 and on_host(input):
+            output, mean, var = batch_norm_cpu.batch_norm(input, weight, bias, self.eps, like)
+            # In a backward pass activation checkpointing runs a forward again.
+            if moves and not in_backward_pass():
+                self._track_on_host(mean, var, count)
+            return output
+        # As on the host: with momentum 1 the kernel leaves the batch's own statistics here.
+        mean, var = like.new_zeros(2, self.num_features).unbind()
         use_cudnn = torch.backends.cudnn.enabled
         output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
-        return batch_norm_cpu.Normalized(output, mean, var)
+        if moves and (intercepted() or not in_backward_pass()):
+            self._track_on_device(mean, var, count)
+        return output
 
     def _state(self) -> tuple[Tensor, Tensor]:
         """Return the buffers of the recursion, mean and variance."""
@@ -159,27 +156,18 @@ class RunningStatsBatchNorm(_BatchNorm):
     def _publish(self) -> None:
         """Write the running statistics where the recursion has buffers of its own."""
 
-    def _track(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Fold a batch's mean and unbiased variance in, unless what comes of it is not finite."""
-        moves = not in_backward_pass()  # else activation checkpointing runs a forward again
-        if on_host(batch_var):
-            if moves:
-                self._track_on_host(batch_mean, batch_var, batch_values)
-        elif moves or intercepted():
-            self._track_on_device(batch_mean, batch_var, batch_values, moves)
-
     def _track_on_host(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Do it by numbers, which are cheaper than small tensors, and in place."""
+        """Fold a batch's mean and unbiased variance in, unless what comes of it is not finite."""
         counters = [self._buffers[name] for name in self._counters]
         counts = [math.inf if counter is None else int(counter) for counter in counters]
-        state = mean, var = self._state()
-        rounded_to = self._half_dtype()
-        if rounded_to is not None:  # the step is taken wide, and on a copy
-            mean, var = (x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in state)
+        mean, var = state = self._state()
+        rounds = self._half_dtype()
+        if rounds is not None:  # half is too coarse for a step: it is taken on a copy
+            mean, var = _widened(mean), _widened(var)
         if not fold_(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values)):
             return
-        if rounded_to is not None:
-            if not math.isfinite(_largest_rounded(mean, var, rounded_to)):
+        if rounds is not None:
+            if not math.isfinite(_largest_rounded(mean, var, rounds)):
                 return
             for buffer, value in zip(state, (mean, var), strict=True):
                 buffer.copy_(value)
@@ -190,22 +178,20 @@ class RunningStatsBatchNorm(_BatchNorm):
                 counter.fill_(by if index and self._forgets() else count + by)
         self._publish()
 
-    def _track_on_device(
-        self, batch_mean: Tensor, batch_var: Tensor, batch_values: int, moves: bool
-    ) -> None:
+    def _track_on_device(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
         """Do it by tensors alone: the host must not wait for the device.
 
         Where selective checkpointing runs a forward again, it expects the operators of the first
         time, in their order; nothing moves then.
         """
+        moves = not in_backward_pass()
         counters = [self._buffers[name] for name in self._counters]
-        state = self._state()
         counts = [math.inf if counter is None else counter for counter in counters]
-        rounded_to = self._half_dtype()
+        state = self._state()
+        rounds = self._half_dtype()
         mean, var = (x.float() if x.dtype in HALF else x for x in state)
-        weights = self._weigh(counts, batch_values)
-        new = fold(mean, var, batch_mean, batch_var, weights)
-        largest = new[1].max() if rounded_to is None else _largest_rounded(*new, rounded_to)
+        new = fold(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values))
+        largest = new[1].max() if rounds is None else _largest_rounded(*new, rounds)
         compiled = torch.compiler.is_compiling() and not operators.is_exporting()
         counted = operators.counts(largest) if compiled else largest < torch.inf
         for buffer, value in zip(state, new, strict=True):
@@ -249,6 +235,11 @@ class RunningStatsBatchNorm(_BatchNorm):
             buffer, running = self._buffers[name], self._buffers["running_mean"]
             if buffer is not None and running is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.to(self._wide_dtype(running))
+
+
+def _widened(x: Tensor) -> Tensor:
+    """Return a copy in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,13 @@
-"""Training-mode batch norm on CPU by the fast sums of :mod:`bnstats.reduction`.
+"""Training-mode batch norm on CPU, and its batch's statistics.
 
-torch's own kernel computes the statistics on CPU several times slower than memory allows. Here
-they come from :func:`~bnstats.reduction.from_rows`; torch's kernels for given statistics do
-the rest.
+For large inputs torch's own kernel computes the statistics several times slower than memory
+allows. There they come from the sums over rows of :mod:`bnstats.reduction`; torch's kernels for
+given statistics do the rest.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,45 +17,52 @@ from bnstats.private import only_reverse_mode
 from bnstats.reduction import SHORTEST_ROW, from_rows
 
 _FEWEST_VALUES = 2**18
-"""Values of an input from which on this pays: below, small operations cost more than it saves."""
+"""Values of an input from which on the sums over rows are faster than torch's kernel."""
 
 
-class Normalized(NamedTuple):
-    """The output of batch norm, and its batch's mean and unbiased variance, each (C,)."""
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize x, of shape (N, C, ...), by its own statistics.
 
-    output: Tensor
-    mean: Tensor
-    var: Tensor
+    Returns:
+        The output, and the batch's mean and unbiased variance: vectors like the one given.
+    """
+    if x.numel() >= _FEWEST_VALUES and _has_fast_sums(x, like.dtype):
+        with torch.no_grad():
+            moments = from_rows(x)
+        if moments is not None:
+            return _by_given_moments(x, weight, bias, eps, *moments)
+    # With momentum 1 the kernel leaves the batch's own statistics here: no second pass over x.
+    # Autograd keeps them, so they are not written to afterwards. F.batch_norm calls the same
+    # kernel, after checks that are done: they cost 2 microseconds.
+    mean, var = torch.zeros_like(like), torch.zeros_like(like)
+    output = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)[0]
+    return output, mean, var
 
 
-def is_faster(x: Tensor, running_mean: Tensor) -> bool:
-    """Whether an input is one that this is made for; all others are torch's kernel's."""
+def _has_fast_sums(x: Tensor, dtype: torch.dtype) -> bool:
     return (
-        x.numel() >= _FEWEST_VALUES
-        and x.is_cpu
-        and type(x) is Tensor  # no subclass, which may be no more than a shape
-        and x.dim() > 2
+        x.dim() > 2
         and x.numel() >= SHORTEST_ROW * x.shape[0] * x.shape[1]
-        and x.dtype in (torch.float32, torch.float64)
-        and x.dtype == running_mean.dtype
+        and x.dtype == dtype
         and x.is_contiguous()
         and only_reverse_mode()
     )
 
 
-def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Normalized | None:
-    """Normalize x, of shape (N, C, ...), by its own statistics; None if that did not pay."""
-    with torch.no_grad():
-        moments = from_rows(x)
-        if moments is None:
-            return None
-        wide_mean, m2 = moments
-        count = x.numel() // x.shape[1]
-        mean, var = wide_mean.to(x.dtype), m2.div_(count).to(x.dtype)
+def _by_given_moments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    wide_mean: Tensor,
+    m2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    count = x.numel() // x.shape[1]
+    mean, var = wide_mean.to(x.dtype), m2.div_(count).to(x.dtype)
     output: Tensor = _Normalize.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
-    return Normalized(output, mean, var * (count / (count - 1)))
+    return output, mean, var * (count / (count - 1))
 
 
 class _Normalize(torch.autograd.Function):

@@ -120,32 +120,30 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
             self._reconcile()
         return exact_mean, exact_var
 
-    def _shown(self) -> list[Tensor]:
-        """Return what others know of torch's layer, and may write to."""
-        names = ("running_mean", "running_var", "num_batches_tracked")
-        buffers = [self._buffers[name] for name in names]
-        return [buffer for buffer in buffers if buffer is not None]
+    def _shown(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the buffers of torch's layer, which others may write to."""
+        mean, var = super()._state()
+        return mean, var, self._buffers["num_batches_tracked"]
 
     def _publish(self) -> None:
-        shown = self._shown()
-        shown[0].copy_(self._buffers["exact_mean"])
-        shown[1].copy_(self._buffers["exact_var"])
+        mean, var, _ = shown = self._shown()
+        mean.copy_(self._buffers["exact_mean"])  # type: ignore[arg-type]
+        var.copy_(self._buffers["exact_var"])  # type: ignore[arg-type]
         if not _is_traced():
             self._versions.remember(shown)
 
     @torch.no_grad()
     def _reconcile(self) -> None:
         """Go on from what others have written to the running statistics and the counter."""
-        running, num_values = self._shown(), self._buffers["num_values_tracked"]
-        assert num_values is not None
-        for name, shown in zip(self._wide_buffers, running, strict=False):
+        mean, var, num_batches = self._shown()
+        for name, shown in (("exact_mean", mean), ("exact_var", var)):
             exact = self._buffers[name]
             assert exact is not None
             # Where both agree, the exact one has more digits of the same number.
             exact.copy_(torch.where(exact.to(shown.dtype) == shown, exact, shown.to(exact.dtype)))
-        if len(running) == 3:
+        if num_batches is not None and self.num_values_tracked is not None:
             # Lightning's weight averaging resets torch's counter, and knows of no other.
-            num_values.mul_(running[2] != 0)
+            self.num_values_tracked.mul_(num_batches != 0)
 
     def _wide_dtype(self, running: Tensor) -> torch.dtype:
         return wide_dtype(running.device)

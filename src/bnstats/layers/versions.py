@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -16,22 +16,25 @@ class Versions:
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[float] = []
 
-    def remember(self, tensors: Sequence[Tensor]) -> None:
+    def remember(self, tensors: Iterable[Tensor | None]) -> None:
         """Take these, as they are now, for known."""
         self._seen = _versions(tensors)
 
-    def know(self, tensors: Sequence[Tensor]) -> bool:
+    def know(self, tensors: Iterable[Tensor | None]) -> bool:
         """Whether these are the tensors remembered, and nobody has written to them since."""
-        return bool(self._seen) and self._seen == _versions(tensors)
+        return self._seen == _versions(tensors)
 
     def __reduce__(self) -> tuple[type[Versions], tuple[()]]:
         return Versions, ()
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    # Inference tensors count no writes.
-    if any(tensor.is_inference() for tensor in tensors):
-        return []
-    return [(id(tensor), tensor._version) for tensor in tensors]
+def _versions(tensors: Iterable[Tensor | None]) -> list[float]:
+    versions: list[float] = []
+    for tensor in tensors:
+        if tensor is not None:
+            # Inference tensors count no writes: NaN equals no other.
+            version = float("nan") if tensor.is_inference() else tensor._version
+            versions += (id(tensor), version)
+    return versions
