@@ -1,5 +1,17 @@
 """What bnstats raises and warns with: every error is also the builtin that fits it."""
 
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from types import FrameType
+
+from torch import __file__ as _torch_file
+
+_OWN = tuple(os.path.dirname(file) + os.sep for file in (__file__, _torch_file))
+"""Whose frames no warning points to: ours, and torch's where it calls us."""
+
 
 class BnstatsError(Exception):
     """Base of everything that bnstats raises on its own account."""
@@ -49,3 +61,14 @@ class StatsFileError(BnstatsError, ValueError):
 
 class BnstatsWarning(UserWarning):
     """Something that was done as asked, and that is seldom what was wanted."""
+
+
+def warn(message: str) -> None:
+    """Warn with a BnstatsWarning that points to the first caller outside of bnstats and torch."""
+    # Python 3.12 has this as warnings.warn(skip_file_prefixes=...).
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, BnstatsWarning, stacklevel=level)

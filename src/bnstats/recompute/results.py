@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 from bnstats.errors import (
-    BnstatsWarning,
     InvalidValueError,
     NonFiniteStatisticsError,
     TooFewValuesError,
+    warn,
 )
 from bnstats.recompute.estimators import Estimate
 from bnstats.recompute.population import LayerStats, PopulationStats
@@ -36,11 +34,9 @@ def population_stats(task: Task, tally: Tally, estimate: Estimate) -> Population
         else:
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
-        warnings.warn(
+        warn(
             "no batch reached these layers, whose statistics are left alone: "
-            + ", ".join(map(repr, unseen)),
-            BnstatsWarning,
-            stacklevel=5,
+            + ", ".join(map(repr, unseen))
         )
     return PopulationStats(stats, method=task.method, num_skipped=int(tally.num_skipped))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from bnstats.distributed import Peers, Sync
-from bnstats.errors import BnstatsWarning
+from bnstats.errors import warn
 from bnstats.recompute.batches import Forward, default_device, default_forward
 from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
 from bnstats.recompute.layerwise import layerwise
@@ -205,11 +204,9 @@ def measure_population_stats(
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
-        warnings.warn(
+        warn(
             f"{type(inner).__name__} has no BatchNorm layer with running statistics"
-            + ("" if include is None else " that include chooses"),
-            BnstatsWarning,
-            stacklevel=2,
+            + ("" if include is None else " that include chooses")
         )
         return PopulationStats({}, method=method)
     task = Task(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bnstats.errors import BnstatsWarning, InvalidValueError
+from bnstats.errors import InvalidValueError, warn
 from bnstats.recompute.collector import Collector
 from bnstats.recompute.estimators import Estimate
 from bnstats.recompute.onepass import collect
@@ -86,11 +85,9 @@ class _Sweeper:
                 step = 0.5
         if stage.circular:
             names = ", ".join(repr(layer.name) for layer in stage.layers)
-            warnings.warn(
+            warn(
                 f"the statistics of layers that depend on each other still moved by {moved:.1g} "
-                f"standard deviations after {_MOST_REPETITIONS} sweeps: {names}",
-                BnstatsWarning,
-                stacklevel=6,
+                f"standard deviations after {_MOST_REPETITIONS} sweeps: {names}"
             )
         return tally
 
