@@ -9,7 +9,7 @@ from torch import nn
 
 import bnstats
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
-from bnstats.recompute.stopping import looks
+from bnstats.recompute.collector import batches_before_checks
 
 METHODS = ["pooled", "batch_average", "ema"]
 REPETITIONS = 200  # each one a channel, so that one pass simulates them all
@@ -90,9 +90,9 @@ def test_the_errors_are_small_enough_on_stopping_and_no_batch_is_read_in_vain(me
     assert stats.num_batches == len(read)
     reported = [stats.mean_stderr / stats.var.sqrt(), stats.var_stderr / stats.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) <= tolerance
-    look_before = max(takewhile(lambda look: look < len(read), looks(tolerance)))
-    assert len(read) - look_before <= max(4, len(read) // 8)
-    before = measure(iter(read), method, max_batches=look_before)
+    check_before = max(takewhile(lambda check: check < len(read), batches_before_checks(tolerance)))
+    assert len(read) - check_before <= max(4, len(read) // 8)
+    before = measure(iter(read), method, max_batches=check_before)
     reported = [before.mean_stderr / before.var.sqrt(), before.var_stderr / before.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) > tolerance
     mean, var = truth(method)

@@ -1,8 +1,8 @@
-"""Processes that measure together: one collective that carries results, or the failure."""
+"""Processes that measure together: collectives that carry results, or the failure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -19,19 +19,20 @@ Sync: TypeAlias = "bool | ProcessGroup | None"
 
 
 class Peers:
-    """The processes of a group, each of which makes the same calls in the same order.
+    """The processes of a group, each of which makes the same exchanges in the same order.
 
     Args:
         group: the group; None for all processes.
-        alone: there is only this process, and nothing to exchange.
+        alone: there is nobody to exchange with.
 
     Attributes:
+        alone: there is only this process, and nothing to exchange.
         size: number of processes.
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
         self._group = group
-        self._alone = alone
+        self.alone = alone
         self.size = 1 if alone else dist.get_world_size(group)
 
     @classmethod
@@ -63,45 +64,75 @@ class Peers:
             )
         return cls(sync)
 
-    def gather(self, produce: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Run ``produce`` in every process and return every result, stacked in rank order.
-
-        One collective. What ``produce`` raises in one process is raised there once the others
-        know of it, and they raise too: nobody is left waiting, and nobody goes on.
+    def exchange(self, like: Tensor) -> Exchange:
+        """Return a context in which every process does its part of a step.
 
         Args:
-            produce: returns a tensor.
-            like: a tensor of the result's shape, dtype and device, the same in every process.
-
-        Raises:
-            PeerError: it raised in another process.
+            like: a tensor of the shape, dtype and device of every process's result.
         """
-        if self._alone:
-            return produce()[None]
-        failure: BaseException | None = None
-        message = like.new_zeros(1 + like.numel())
-        try:
-            message[1:] = produce().flatten()
-        except BaseException as error:  # raised again below
-            failure = error
-            message[0] = 1
-        message = message.to(self._wire_device(message.device))
-        messages = [torch.empty_like(message) for _ in range(self.size)]
-        dist.all_gather(messages, message, group=self._group)
-        if failure is not None:
-            raise failure
-        together = torch.stack(messages).to(like.device)
-        failed = together[:, 0].nonzero().flatten().tolist()
-        if failed:
-            raise PeerError(
-                f"the measurement failed in the process of rank {', '.join(map(str, failed))} "
-                "(see its own error); nothing was written in any process"
-            )
-        return together[:, 1:].view(self.size, *like.shape)
+        return Exchange(self, like)
 
-    def _wire_device(self, device: torch.device) -> torch.device:
+    def all_gather(self, message: Tensor) -> Tensor:
+        """Return the messages of all processes, stacked in rank order."""
+        sent = message.to(self._backend_device(message.device))
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent, group=self._group)
+        return torch.stack(received).to(message.device)
+
+    def _backend_device(self, device: torch.device) -> torch.device:
         """Return where the backend takes its tensors from."""
         backend = dist.get_backend(self._group)
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu") if backend == "gloo" else device
+
+
+class Exchange:
+    """One step of every process, and one collective at its end.
+
+    An error inside the context is raised there once the others know of it, and they raise too:
+    no process is left waiting, and none goes on.
+
+    Attributes:
+        results: what every process has sent, stacked in rank order; after the context.
+
+    Raises:
+        PeerError: the step failed in another process.
+    """
+
+    def __init__(self, peers: Peers, like: Tensor) -> None:
+        self._peers = peers
+        self._shape = (peers.size, *like.shape)
+        # Made before the step: a device that has no memory left can still say so.
+        self._message = None if peers.alone else like.new_zeros(1 + like.numel())
+        self.results: Tensor
+
+    def send(self, result: Tensor) -> None:
+        """Give this process's result of the step."""
+        if self._message is None:
+            self.results = result[None]
+        else:
+            self._message[1:] = result.flatten()
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._message is None:
+            return
+        self._message[0] = error is not None
+        messages = self._peers.all_gather(self._message)
+        if error is not None:
+            return
+        failed = messages[:, 0].nonzero().flatten().tolist()
+        if failed:
+            raise PeerError(
+                f"the measurement failed in the process of rank {', '.join(map(str, failed))} "
+                "(see its own error); nothing was written in any process"
+            )
+        self.results = messages[:, 1:].view(self._shape)

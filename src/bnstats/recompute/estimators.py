@@ -58,8 +58,8 @@ class Estimator(Protocol):
     def state(self) -> Tensor:
         """Return all that was taken so far as one tensor of shape (rows, C)."""
 
-    def absorb(self, state: Tensor) -> None:
-        """Take in what another estimator of the same kind took, from its ``state()``."""
+    def merge_state(self, state: Tensor) -> None:
+        """Merge in what another estimator of the same kind was given, from its ``state()``."""
 
 
 class Pooled:
@@ -97,10 +97,10 @@ class Pooled:
         """Return the pooled statistics without their errors, which cost more."""
         return self._total.mean, self._total.var(self._correction)
 
-    def absorb(self, state: Tensor) -> None:
+    def merge_state(self, state: Tensor) -> None:
         """Merge another one's moments in, by their number of values."""
         self._total = self._total + Moments(*state[:3])
-        self._spread.absorb(state[3:])
+        self._spread.merge_state(state[3:])
 
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return the pooled statistics."""
@@ -162,11 +162,11 @@ class Averaged:
         averages = [self._count, self._mean, self._var, self._squared_weights]
         return torch.cat([torch.stack(averages), self._spread.state()])
 
-    def absorb(self, state: Tensor) -> None:
+    def merge_state(self, state: Tensor) -> None:
         """Average another one's averages in, each by its number of batches.
 
         Of averages with equal weights that is the average over all batches. A moving average
-        knows no such merge, and has an empty state alone to absorb into.
+        knows no such merge, and merges into an empty state alone.
         """
         count, mean, var, squared_weights = state[:4]
         batches = self._spread.num_batches + state[4]
@@ -175,7 +175,7 @@ class Averaged:
         squares = weights.keep**2 * self._squared_weights + weights.gain**2 * squared_weights
         self._squared_weights = squares
         self._count = self._count + count
-        self._spread.absorb(state[4:])
+        self._spread.merge_state(state[4:])
 
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return the averages."""
@@ -197,20 +197,15 @@ class Averaged:
         )
 
 
-def _average(correction: Tensor, like: Tensor) -> Estimator:
+def averaged(correction: Tensor, like: Tensor) -> Averaged:
+    """Return the estimator of ``"batch_average"``."""
     return Averaged(correction, like, per_batch)
 
 
-def _moving_average(correction: Tensor, like: Tensor) -> Estimator:
+def moving_average(correction: Tensor, like: Tensor) -> Averaged:
+    """Return the estimator of ``"ema"``."""
+
     def policy(num_batches: Tensor) -> Weights:
         return exponential(num_batches, EMA_MOMENTUM, debias=True, pooled=False)
 
     return Averaged(correction, like, policy)
-
-
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Estimator]] = {
-    "pooled": Pooled,
-    "batch_average": _average,
-    "ema": _moving_average,
-}
-"""The estimator of each method, made from (correction, like)."""

@@ -9,20 +9,20 @@ from bnstats.errors import (
     warn,
 )
 from bnstats.recompute.estimators import Estimate
+from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import LayerStats, PopulationStats
-from bnstats.recompute.stage import StagedLayer
-from bnstats.recompute.task import Tally, Task
+from bnstats.recompute.task import BatchCounts, Task
 
 
-def population_stats(task: Task, tally: Tally, estimate: Estimate) -> PopulationStats:
+def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> PopulationStats:
     """Return the statistics of every layer that saw values, and warn of the others.
 
     Args:
         task: what was measured.
-        tally: how many batches there were.
+        counts: how many batches there were.
         estimate: of all layers of the task, their channels laid end to end.
     """
-    check_tally(tally)
+    check_counts(counts)
     channels = [layer.num_features for layer in task.layers]
     columns = zip(*(part.cpu().split(channels) for part in estimate), strict=True)
     stats: dict[str, LayerStats] = {}
@@ -38,23 +38,23 @@ def population_stats(task: Task, tally: Tally, estimate: Estimate) -> Population
             "no batch reached these layers, whose statistics are left alone: "
             + ", ".join(map(repr, unseen))
         )
-    return PopulationStats(stats, method=task.method, num_skipped=int(tally.num_skipped))
+    return PopulationStats(stats, method=task.method.name, num_skipped=int(counts.num_skipped))
 
 
-def check_tally(tally: Tally) -> None:
+def check_counts(counts: BatchCounts) -> None:
     """Refuse a measurement without a batch that counts."""
-    if not tally.num_read:
+    if not counts.num_read:
         raise InvalidValueError(
             "loader: expected at least one batch, got none; an iterator that was read "
             "before gives none"
         )
-    if tally.num_skipped == tally.num_read:
+    if counts.num_skipped == counts.num_read:
         raise NonFiniteStatisticsError(
-            f"all {int(tally.num_read)} batches had non-finite statistics and were skipped"
+            f"all {int(counts.num_read)} batches had non-finite statistics and were skipped"
         )
 
 
-def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> LayerStats:
+def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> LayerStats:
     """Return one layer's statistics, of tensors of shape (C,)."""
     count = int(estimate.num_values[0])
     check_enough_values(layer, count, correction)
@@ -69,7 +69,7 @@ def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> Laye
     )
 
 
-def check_enough_values(layer: StagedLayer, count: int, correction: int) -> None:
+def check_enough_values(layer: ObservedLayer, count: int, correction: int) -> None:
     """Refuse a variance that is not defined."""
     if count <= correction:
         raise TooFewValuesError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -10,25 +10,29 @@ import torch
 from torch import nn
 
 from bnstats.distributed import Peers, Sync
-from bnstats.errors import warn
+from bnstats.errors import InvalidValueError, warn
 from bnstats.recompute.batches import Forward, default_device, default_forward
+from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
+from bnstats.recompute.estimators import Pooled, averaged, moving_average
 from bnstats.recompute.layerwise import layerwise
-from bnstats.recompute.onepass import one_pass
-from bnstats.recompute.options import check_loader, check_mergeable, check_options
+from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats, layers_of
-from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import Task
+from bnstats.recompute.task import Method, Task, check_loader, check_mergeable, check_options
 from bnstats.traversal import Include, named_batchnorms, unwrap
 
-METHODS: dict[str, Callable[[Task], PopulationStats]] = {
-    "pooled": one_pass,
-    "batch_average": one_pass,
-    "ema": one_pass,
-    "layerwise": layerwise,
-    "sweeps": sweeps,
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pooled", one_pass, Pooled),
+        Method("batch_average", one_pass, averaged),
+        Method("ema", one_pass, moving_average, merges=False),
+        Method("layerwise", layerwise, Pooled, holds_inputs=True),
+        Method("sweeps", sweeps, Pooled, rereads=True),
+    )
 }
+"""The one table of methods."""
 
 
 def recompute_population_stats(
@@ -189,8 +193,11 @@ def measure_population_stats(
         True
     """
     inner = unwrap(model)
+    if method not in METHODS:
+        raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    chosen = METHODS[method]
     check_options(
-        method=method,
+        chosen,
         forward=forward,
         max_batches=max_batches,
         tolerance=tolerance,
@@ -199,9 +206,9 @@ def measure_population_stats(
         on_nonfinite=on_nonfinite,
         memory_limit=memory_limit,
     )
-    check_loader(loader, method)
+    check_loader(loader, chosen)
     peers = Peers.of(sync)
-    check_mergeable(method, peers)
+    check_mergeable(chosen, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
         warn(
@@ -211,10 +218,10 @@ def measure_population_stats(
         return PopulationStats({}, method=method)
     task = Task(
         model=inner,
-        layers=tuple(StagedLayer.of(name, module) for name, module in layers.items()),
+        layers=tuple(ObservedLayer.of(name, module) for name, module in layers.items()),
         loader=loader,
         forward=partial(forward or default_forward, inner),
-        method=method,
+        method=chosen,
         correction=correction,
         skip_nonfinite=on_nonfinite == "skip",
         max_batches=max_batches,
@@ -224,4 +231,4 @@ def measure_population_stats(
         progress=progress,
         peers=peers,
     )
-    return METHODS[method](task)
+    return chosen.measure(task)

@@ -67,8 +67,8 @@ class Spread:
         """Return the numbers of batches, the references and the second moments, (8, C)."""
         return torch.cat([self.num_batches[None], self.reference[None], self._sums])
 
-    def absorb(self, state: Tensor) -> None:
-        """Take in another spread's state, brought to the reference of this one.
+    def merge_state(self, state: Tensor) -> None:
+        """Merge in another spread's state, brought to the reference of this one.
 
         About a reference that is lower by d, the features are ``(1, u + d, q + 2 d u + d^2)``:
         linear in what they were, so the matrix changes by that map on both sides.

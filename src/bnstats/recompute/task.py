@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +11,33 @@ import torch
 from torch import Tensor, nn
 
 from bnstats.distributed import Peers
+from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.recompute.batches import Reader
-from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.estimators import Estimator
+from bnstats.recompute.observer import ObservedLayer
+from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to measure.
+
+    Attributes:
+        name: what the caller passes as ``method``.
+        measure: runs it.
+        estimator: makes the estimator of the layers' statistics from (correction, like).
+        rereads: the loader is read more than once.
+        holds_inputs: inputs of layers are held in memory until all batches have come.
+        merges: what several processes measure can be merged.
+    """
+
+    name: str
+    measure: Callable[[Task], PopulationStats]
+    estimator: Callable[[Tensor, Tensor], Estimator]
+    rereads: bool = False
+    holds_inputs: bool = False
+    merges: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,22 +49,22 @@ class Task:
         layers: the chosen layers, at least one.
         loader: gives batches.
         forward: from a batch to a forward of the model.
-        method: its name.
+        method: how.
         correction: as the caller asked.
         skip_nonfinite: leave a batch out that is not finite somewhere, instead of raising.
         max_batches: read no more than so many.
         tolerance: stop when the standard errors are no larger.
-        memory_limit: bytes that may wait at layers.
+        memory_limit: bytes that may be held at layers.
         device: where batches go.
         progress: show a progress bar.
         peers: the processes that measure together.
     """
 
     model: nn.Module
-    layers: tuple[StagedLayer, ...]
+    layers: tuple[ObservedLayer, ...]
     loader: Iterable[Any]
     forward: Callable[[Any], Any]
-    method: str
+    method: Method
     correction: int
     skip_nonfinite: bool
     max_batches: int | None
@@ -53,7 +77,7 @@ class Task:
     @property
     def like(self) -> Tensor:
         """An empty tensor of the dtype and on the device of the measurement."""
-        device = self.layers[0].module.running_mean.device  # type: ignore[union-attr]
+        device = self.layers[0].running_mean.device
         return torch.empty(0, dtype=wide_dtype(device), device=device)
 
     def reader(self, *, progress: bool = False) -> Reader:
@@ -65,13 +89,13 @@ class Task:
             device=self.device,
         )
 
-    def correction_of(self, layer: StagedLayer) -> int:
+    def correction_of(self, layer: ObservedLayer) -> int:
         """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
         return 0 if layer.about_zero else self.correction
 
 
-class Tally(NamedTuple):
-    """How many batches were read; over all processes, once their tallies are summed.
+class BatchCounts(NamedTuple):
+    """How many batches were read; over all processes, once their counts are summed.
 
     Attributes:
         num_read: batches read.
@@ -86,7 +110,7 @@ class Tally(NamedTuple):
     num_exhausted: float
 
     @classmethod
-    def of(cls, reader: Reader, num_skipped: int) -> Tally:
+    def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
         """Return what one process has read."""
         length = math.nan if reader.length is None else reader.length
         return cls(reader.num_read, num_skipped, length, reader.exhausted)
@@ -99,3 +123,83 @@ class Tally(NamedTuple):
         population itself was drawn from.
         """
         return self.num_read / self.length if self.num_read < self.length else 0
+
+
+def check_options(
+    method: Method,
+    *,
+    max_batches: int | None,
+    tolerance: float | None,
+    correction: int,
+    on_nonfinite: str,
+    memory_limit: int | None,
+    **functions: object,
+) -> None:
+    """Refuse what is not in the documentation."""
+    _check_positive_int("max_batches", max_batches)
+    _check_positive_int("memory_limit", memory_limit)
+    if memory_limit is not None and not method.holds_inputs:
+        raise InvalidValueError(
+            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
+        )
+    _check_tolerance(tolerance)
+    if correction not in (0, 1):
+        raise InvalidValueError(
+            f"correction: expected 1 (unbiased variance) or 0 (biased), got {correction!r}"
+        )
+    if on_nonfinite not in ("raise", "skip"):
+        raise InvalidValueError(f'on_nonfinite: expected "raise" or "skip", got {on_nonfinite!r}')
+    for argument, function in functions.items():
+        if function is not None and not callable(function):
+            raise InvalidTypeError(
+                f"{argument}: expected a callable or None, got {type(function).__name__}"
+            )
+
+
+def check_loader(loader: object, method: Method) -> None:
+    """Refuse what is no iterable of batches, or cannot be read as often as the method needs."""
+    # DataLoader and Dataset may be iterable by __getitem__ alone.
+    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
+        raise InvalidTypeError(
+            "loader: expected an iterable of batches, a DataLoader or a list say, got "
+            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
+        )
+    if method.rereads and isinstance(loader, Iterator):
+        raise InvalidValueError(
+            f'loader: method="{method.name}" reads it again and again, and an iterator '
+            f"({type(loader).__name__}) can be read once; pass a DataLoader or a list, or "
+            'method="layerwise"'
+        )
+
+
+def check_mergeable(method: Method, peers: Peers) -> None:
+    """Refuse to merge what has no merge."""
+    if peers.size > 1 and not method.merges:
+        raise InvalidValueError(
+            'sync: moving averages of several processes do not merge; method="pooled" and '
+            '"batch_average" do, and sync=False keeps to this process'
+        )
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise InvalidTypeError(
+            f"tolerance: expected a number or None, got {type(tolerance).__name__}"
+        )
+    if not 0 < tolerance < math.inf:
+        raise InvalidValueError(
+            "tolerance: expected a positive number, the largest standard error that will do "
+            f"(in standard deviations, and relative for variances), got {tolerance}"
+        )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnstats.recompute.dataflow import Dataflow
+from bnstats.recompute.dependencies import Dataflow
 
 
 @pytest.mark.parametrize(
