@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from bnstats.errors import InvalidTypeError
+from bnstats.errors import InvalidTypeError, UnknownLayerError
+
+T = TypeVar("T")
 
 Include: TypeAlias = Callable[[str, nn.Module], bool]
 """Chooses layers by name and module."""
+
+
+class ByLayer(dict[str, T]):
+    """A dict by layer name, which answers a name that is not there with the nearest."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise UnknownLayerError(name, self)
 
 
 def inner_key(module: nn.Module) -> str | None:

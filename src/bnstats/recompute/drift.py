@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.traversal import ByLayer
+
 if TYPE_CHECKING:
     from bnstats.recompute.population import LayerStats, PopulationStats
 
@@ -88,7 +90,7 @@ def compare(
     else as infinitely far.
     """
     if not running:
-        return {}
+        return ByLayer()
     stats = [population[name] for name in running]
     mean, var = (torch.cat([getattr(x, kind) for x in stats]) for kind in RunningStats._fields)
     # All layers at once, their channels laid end to end.
@@ -97,10 +99,10 @@ def compare(
     moved = _drift(before, mean, var)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
     # Clones: a layer's own is not to keep that of all layers.
-    return {
-        name: Drift(*(values.clone() for values in part))
+    return ByLayer(
+        (name, Drift(*(values.clone() for values in part)))
         for name, part in zip(running, parts, strict=True)
-    }
+    )
 
 
 def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
+from bnstats.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    LayerMismatchError,
+    UnknownLayerError,
+)
 from bnstats.moments import Moments
 from bnstats.recompute import files
 from bnstats.recompute.drift import Drift, RunningStats, compare, write_all
@@ -120,6 +126,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         self.num_skipped = num_skipped
 
     def __getitem__(self, name: str) -> LayerStats:
+        if name not in self._layers:
+            raise UnknownLayerError(name, self._layers)
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -156,11 +164,13 @@ class PopulationStats(Mapping[str, LayerStats]):
     def merge(self, other: PopulationStats) -> PopulationStats:
         """Return the statistics over the data of both, for example of two shards.
 
-        A layer that only one of them has is taken as it is.
+        A layer that only one of them has is taken as it is; statistics of no layers change
+        nothing.
 
         Raises:
             InvalidValueError: not both are pooled: averages over batches do not merge.
-            LayerMismatchError: a layer has other channels or another correction in the other.
+            LayerMismatchError: there is no layer in common, or one has other channels or another
+                correction in the other.
         """
         if not isinstance(other, PopulationStats):
             raise InvalidTypeError(f"merge: expected PopulationStats, got {type(other).__name__}")
@@ -168,6 +178,11 @@ class PopulationStats(Mapping[str, LayerStats]):
             raise InvalidValueError(
                 'merge: expected statistics of method "pooled", got '
                 f'"{self.method}" and "{other.method}", which do not merge'
+            )
+        if self and other and self.keys().isdisjoint(other):
+            raise LayerMismatchError(
+                "merge: expected statistics of the same layers, got no layer in common: "
+                f"{_first(self)} here and {_first(other)} in the other"
             )
         merged = {**self, **other}
         for name in self.keys() & other.keys():
@@ -198,6 +213,12 @@ class PopulationStats(Mapping[str, LayerStats]):
         with files.malformed(path):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
             return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
+
+
+def _first(names: Collection[str]) -> str:
+    """Return the first few names, to be read by a user."""
+    shown = ", ".join(repr(name) for name in islice(names, 3))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]:

@@ -20,7 +20,7 @@ from bnstats.recompute.population import PopulationStats, layers_of
 from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Task
-from bnstats.traversal import Include, named_batchnorms, unwrap
+from bnstats.traversal import ByLayer, Include, named_batchnorms, unwrap
 
 METHODS: dict[str, Callable[[Task], PopulationStats]] = {
     "pooled": one_pass,
@@ -154,7 +154,7 @@ def recompute_population_stats(
         memory_limit=memory_limit,
     )
     layers = layers_of(after, model)
-    before = {name: RunningStats.of(layer) for name, layer in layers.items()}
+    before = ByLayer((name, RunningStats.of(layer)) for name, layer in layers.items())
     drift = compare(before, after)
     write_all(layers, after, before)
     return Recalibration(before, after, drift, layers)
