@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import islice
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import (
@@ -17,89 +16,10 @@ from bnstats.errors import (
     LayerMismatchError,
     UnknownLayerError,
 )
-from bnstats.moments import Moments
 from bnstats.recompute import files
-from bnstats.recompute.drift import Drift, RunningStats, compare, write_all
+from bnstats.recompute.drift import Drift, compare, table, worst_first
+from bnstats.recompute.layer_stats import LayerStats, RunningStats, write_all
 from bnstats.traversal import named_batchnorms
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStats:
-    """Population statistics of one layer's input; tensors are float64, of shape (C,).
-
-    Attributes:
-        count: values per channel.
-        num_batches: batches in which the layer saw values.
-        mean: mean per channel; 0 for a layer that keeps its statistics about zero.
-        var: variance per channel, divided by ``count - correction``; the mean square for a
-            layer that keeps its statistics about zero.
-        mean_stderr: standard error of ``mean`` in its own unit, from the spread between
-            batches; NaN with fewer than two batches.
-        var_stderr: the same of ``var``.
-        correction: 1 where ``var`` is unbiased, 0 where it is not.
-
-    Example:
-        >>> import torch, bnstats
-        >>> data = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
-        >>> stats = bnstats.measure_population_stats(torch.nn.BatchNorm1d(1), data.split(2))[""]
-        >>> stats.count, stats.num_batches, stats.mean.item(), stats.mean_stderr.item()
-        (4, 2, 3.0, 1.5)
-    """
-
-    count: int
-    num_batches: int
-    mean: Tensor
-    var: Tensor
-    mean_stderr: Tensor
-    var_stderr: Tensor
-    correction: int = 1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and value.shape != (self.num_features,):
-                raise InvalidValueError(
-                    f"LayerStats: {field.name}: expected shape ({self.num_features},), got "
-                    f"{tuple(value.shape)}"
-                )
-
-    @property
-    def num_features(self) -> int:
-        """Number of channels, C."""
-        return self.mean.numel()
-
-    @property
-    def moments(self) -> Moments:
-        """The statistics as mergeable moments; meant for pooled ones."""
-        return Moments(
-            torch.tensor(self.count), self.mean, self.var * (self.count - self.correction)
-        )
-
-    def merge(self, other: LayerStats) -> LayerStats:
-        """Return the pooled statistics of the values of both.
-
-        The standard errors are combined as those of two strata: exact where each was measured
-        on its own share of the data.
-        """
-        total = self.moments + other.moments
-        count = int(total.count)
-        mean_error, var_error = torch.zeros_like(self.mean), torch.zeros_like(self.var)
-        for part in (self, other):
-            share = part.count / max(count, 1)
-            shift = part.mean - total.mean
-            mean_error += (share * part.mean_stderr).square()
-            var_error += share**2 * (
-                part.var_stderr.square() + (2 * shift * part.mean_stderr).square()
-            )
-        return replace(
-            self,
-            count=count,
-            num_batches=self.num_batches + other.num_batches,
-            mean=total.mean,
-            var=total.var(self.correction),
-            mean_stderr=mean_error.sqrt(),
-            var_stderr=var_error.sqrt(),
-        )
 
 
 class PopulationStats(Mapping[str, LayerStats]):
@@ -213,6 +133,49 @@ class PopulationStats(Mapping[str, LayerStats]):
         with files.malformed(path):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
             return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibration:
+    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
+
+    Attributes:
+        before: the running statistics that each layer had.
+        after: the population statistics that it has now, with their standard errors.
+        drift: how far the former were from the latter.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
+        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
+        (0.0, 4.0)
+        >>> result.undo()
+        >>> model[0].running_mean.item()
+        0.0
+    """
+
+    before: Mapping[str, RunningStats]
+    after: PopulationStats
+    drift: Mapping[str, Drift]
+    _layers: Mapping[str, _BatchNorm] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the running statistics from before back, bit for bit."""
+        for name, running in self.before.items():
+            running.write_to(self._layers[name])
+
+    def worst_first(self) -> list[str]:
+        """Return the layers' names by their mean divergence, the largest first."""
+        return worst_first(self.drift)
+
+    def __str__(self) -> str:
+        """Return a table of the layers, the one with the largest divergence first."""
+        skipped = self.after.num_skipped
+        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
+        if skipped:
+            head += f", {skipped} batches with non-finite statistics skipped"
+        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
 
 def _first(names: Collection[str]) -> str:

@@ -9,7 +9,8 @@ from bnstats.errors import (
     warn,
 )
 from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.population import LayerStats, PopulationStats
+from bnstats.recompute.layer_stats import LayerStats
+from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.task import Tally, Task
 

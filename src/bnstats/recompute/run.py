@@ -12,11 +12,12 @@ from torch import nn
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import warn
 from bnstats.recompute.batches import Forward, default_device, default_forward
-from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
+from bnstats.recompute.drift import compare
+from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.onepass import one_pass
 from bnstats.recompute.options import check_loader, check_mergeable, check_options
-from bnstats.recompute.population import PopulationStats, layers_of
+from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Task
