@@ -66,8 +66,7 @@ class UnknownLayerError(InvalidValueError, KeyError):
         name, names = self.args
         if not names:
             return f"there is no BatchNorm layer {name!r}, nor any other"
-        nearest = min(names, key=lambda other: _edit_distance(str(name), other))
-        return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest!r}"
+        return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest(name, names)!r}"
 
 
 class StatsFileError(BnstatsError, ValueError):
@@ -76,6 +75,11 @@ class StatsFileError(BnstatsError, ValueError):
 
 class BnstatsWarning(UserWarning):
     """Something that was done as asked, and that is seldom what was wanted."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return which of the names is the nearest by edit distance, the first of several."""
+    return min(names, key=lambda other: _edit_distance(str(name), other))
 
 
 def _edit_distance(a: str, b: str) -> int:

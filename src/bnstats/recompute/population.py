@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from itertools import islice
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,11 +14,12 @@ from bnstats.errors import (
     InvalidValueError,
     LayerMismatchError,
     UnknownLayerError,
+    nearest,
 )
 from bnstats.recompute import files
 from bnstats.recompute.drift import Drift, compare, table, worst_first
 from bnstats.recompute.layer_stats import LayerStats, RunningStats, write_all
-from bnstats.traversal import named_batchnorms
+from bnstats.traversal import first_names, named_batchnorms, num_features
 
 
 class PopulationStats(Mapping[str, LayerStats]):
@@ -102,7 +102,7 @@ class PopulationStats(Mapping[str, LayerStats]):
         if self and other and self.keys().isdisjoint(other):
             raise LayerMismatchError(
                 "merge: expected statistics of the same layers, got no layer in common: "
-                f"{_first(self)} here and {_first(other)} in the other"
+                f"{first_names(self)} here and {first_names(other)} in the other"
             )
         merged = {**self, **other}
         for name in self.keys() & other.keys():
@@ -178,29 +178,58 @@ class Recalibration:
         return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
 
-def _first(names: Collection[str]) -> str:
-    """Return the first few names, to be read by a user."""
-    shown = ", ".join(repr(name) for name in islice(names, 3))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
 def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the model's layers that these statistics are of.
 
     Raises:
         LayerMismatchError: a layer is not in the model, or has other channels.
     """
-    layers = named_batchnorms(model)
+    layers = named_batchnorms(model, lambda *_: True)
     missing = [name for name in stats if name not in layers]
     if missing:
         raise LayerMismatchError(
             f"these layers are not among the model's {len(layers)} BatchNorm layers with "
-            f"running statistics: {', '.join(map(repr, missing))}"
+            f"running statistics: {_missing(missing, stats, layers)}"
         )
     for name, layer in stats.items():
-        if layers[name].num_features != layer.num_features:
+        channels = num_features(layers[name])
+        if channels != layer.num_features:
             raise LayerMismatchError(
                 f"layer '{name}': the statistics have {layer.num_features} channels, the "
-                f"model's layer has {layers[name].num_features}"
+                f"model's layer has {channels}"
             )
     return {name: layers[name] for name in stats}
+
+
+def _missing(missing: list[str], stats: Collection[str], layers: Collection[str]) -> str:
+    """Return the names that a model lacks and what may have been meant."""
+    for candidate in layers:
+        mine, theirs = _prefixes(missing[0], candidate)
+        if all(x.startswith(mine) and theirs + x.removeprefix(mine) in layers for x in stats):
+            return f"{first_names(missing)}; {_remedy(mine, theirs)}"
+    if not layers:
+        return first_names(missing)
+    return ", ".join(f"{name!r} (nearest: {nearest(name, layers)!r})" for name in missing)
+
+
+def _prefixes(mine: str, theirs: str) -> tuple[str, str]:
+    """Return what is left of two paths, dot included, without the keys at their ends alike."""
+    a, b = mine.split("."), theirs.split(".")
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return "".join(f"{key}." for key in a), "".join(f"{key}." for key in b)
+
+
+def _remedy(mine: str, theirs: str) -> str:
+    if not mine:
+        return (
+            f"the model has all of them under the prefix {theirs!r}: pass "
+            f"model.get_submodule({theirs[:-1]!r})"
+        )
+    where = f"under the prefix {theirs!r} in place of" if theirs else "without the prefix"
+    name = f"{theirs!r} + name" if theirs else "name"
+    return (
+        f"the model has all of them {where} {mine!r}: use PopulationStats({{"
+        f"{name}.removeprefix({mine!r}): layer for name, layer in stats.items()}})"
+    )

@@ -21,7 +21,7 @@ from bnstats.recompute.population import PopulationStats, Recalibration, layers_
 from bnstats.recompute.stage import StagedLayer
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Task
-from bnstats.traversal import ByLayer, Include, named_batchnorms, unwrap
+from bnstats.traversal import ByLayer, Include, named_batchnorms, no_batchnorm, unwrap
 
 METHODS: dict[str, Callable[[Task], PopulationStats]] = {
     "pooled": one_pass,
@@ -205,10 +205,7 @@ def measure_population_stats(
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
-        warn(
-            f"{type(inner).__name__} has no BatchNorm layer with running statistics"
-            + ("" if include is None else " that include chooses")
-        )
+        warn(no_batchnorm(inner, include))
         return PopulationStats({}, method=method)
     task = Task(
         model=inner,

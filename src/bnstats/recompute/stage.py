@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.moments import Moments
 from bnstats.reduction import mean_and_m2
+from bnstats.traversal import num_features
 
 
 class Seen(NamedTuple):
@@ -60,7 +61,7 @@ class StagedLayer:
     @property
     def num_features(self) -> int:
         """Number of channels, C."""
-        return self.module.num_features
+        return num_features(self.module)
 
     def observe(self, input: Tensor) -> Seen:
         """Return the moments of an input, about what the layer takes them about."""
@@ -110,10 +111,10 @@ def staged(model: nn.Module, layers: Iterable[StagedLayer], visit: Visitor) -> I
 
 
 def _observer(layer: StagedLayer, visit: Visitor) -> Callable[..., None]:
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         # What the layer cannot take, it refuses itself, in its own words.
-        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == module.num_features:
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == layer.num_features:
             visit(layer, x)
 
     return observe
