@@ -153,6 +153,17 @@ def test_what_does_not_merge_says_so():
         measured().merge({})
 
 
+def test_statistics_without_a_layer_in_common_do_not_merge_and_empty_ones_change_nothing():
+    stats = measured()
+    other = PopulationStats({f"module.{name}": layer for name, layer in stats.items()})
+    with pytest.raises(LayerMismatchError, match=r"no layer in common.*'0'.*'module\.0'"):
+        stats.merge(other)
+    assert_equal(stats.merge(PopulationStats({})), stats)
+    assert_equal(PopulationStats({}).merge(stats), stats)
+    part = PopulationStats({"2": stats["2"]})
+    assert {name: layer.count for name, layer in stats.merge(part).items()} == {"0": 40, "2": 80}
+
+
 @pytest.mark.parametrize("method", ["pooled", "batch_average", "ema"])
 def test_a_file_gives_back_what_was_saved_to_the_last_bit(tmp_path, method):
     stats = measured(method=method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from types import FrameType
 
 from torch import __file__ as _torch_file
@@ -50,9 +51,22 @@ class PeerError(BnstatsError, RuntimeError):
 
 
 class UnknownLayerError(InvalidValueError, KeyError):
-    """There is no layer of this name."""
+    """There is no layer of this name.
 
-    __str__ = Exception.__str__  # KeyError would quote the message
+    Args:
+        name: what was asked for.
+        names: what there is.
+    """
+
+    def __init__(self, name: object, names: Iterable[str]) -> None:
+        super().__init__(name, tuple(names))
+
+    def __str__(self) -> str:
+        """Return a message with the nearest name; a mapping's ``get`` does not wait for it."""
+        name, names = self.args
+        if not names:
+            return f"there is no BatchNorm layer {name!r}, nor any other"
+        return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest(name, names)!r}"
 
 
 class StatsFileError(BnstatsError, ValueError):
@@ -61,6 +75,21 @@ class StatsFileError(BnstatsError, ValueError):
 
 class BnstatsWarning(UserWarning):
     """Something that was done as asked, and that is seldom what was wanted."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return which of the names is the nearest by edit distance, the first of several."""
+    return min(names, key=lambda other: _edit_distance(str(name), other))
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Return the least number of insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
 
 
 def warn(message: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.recompute import PopulationStats
+from bnstats.traversal import ByLayer
 
 
 class RunningError(NamedTuple):
@@ -83,12 +84,15 @@ def estimate_running_error(
         raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
     forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches
     effective = (2 - momentum) / momentum * (1 - forgotten) / (1 + forgotten)
-    return {
-        name: RunningError(
-            # The error of an average of B batches is that of one over the root of B.
-            layer.mean_stderr * (layer.num_batches / effective) ** 0.5,
-            layer.var_stderr * (layer.num_batches / effective) ** 0.5,
-            effective,
+    return ByLayer(
+        (
+            name,
+            RunningError(
+                # The error of an average of B batches is that of one over the root of B.
+                layer.mean_stderr * (layer.num_batches / effective) ** 0.5,
+                layer.var_stderr * (layer.num_batches / effective) ** 0.5,
+                effective,
+            ),
         )
         for name, layer in stats.items()
-    }
+    )

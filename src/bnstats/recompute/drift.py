@@ -3,56 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-if TYPE_CHECKING:
-    from bnstats.recompute.population import LayerStats, PopulationStats
-
-
-class RunningStats(NamedTuple):
-    """A layer's running mean and variance, each of shape (C,).
-
-    Example:
-        >>> import torch, bnstats
-        >>> bnstats.RunningStats.of(torch.nn.BatchNorm1d(2)).var.tolist()
-        [1.0, 1.0]
-    """
-
-    mean: Tensor
-    var: Tensor
-
-    @classmethod
-    def of(cls, layer: _BatchNorm) -> RunningStats:
-        """Return a copy of a layer's running statistics."""
-        assert layer.running_mean is not None and layer.running_var is not None
-        return cls(layer.running_mean.clone(), layer.running_var.clone())
-
-    @torch.no_grad()
-    def write_to(self, layer: _BatchNorm) -> None:
-        """Copy the values into the layer's own buffers."""
-        assert layer.running_mean is not None and layer.running_var is not None
-        layer.running_mean.copy_(self.mean)
-        layer.running_var.copy_(self.var)
-
-
-def write_all(
-    layers: Mapping[str, _BatchNorm],
-    after: Mapping[str, LayerStats],
-    before: Mapping[str, RunningStats],
-) -> None:
-    """Write the statistics of all layers; if one fails, what was before is back in all."""
-    try:
-        for name, layer in layers.items():
-            RunningStats(after[name].mean, after[name].var).write_to(layer)
-    except BaseException:
-        for name, layer in layers.items():
-            before[name].write_to(layer)
-        raise
+from bnstats.recompute.layer_stats import LayerStats, RunningStats
+from bnstats.traversal import ByLayer
 
 
 class Drift(NamedTuple):
@@ -88,7 +45,7 @@ def compare(
     else as infinitely far.
     """
     if not running:
-        return {}
+        return ByLayer()
     stats = [population[name] for name in running]
     mean, var = (torch.cat([getattr(x, kind) for x in stats]) for kind in RunningStats._fields)
     # All layers at once, their channels laid end to end.
@@ -97,10 +54,10 @@ def compare(
     moved = _drift(before, mean, var)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
     # Clones: a layer's own is not to keep that of all layers.
-    return {
-        name: Drift(*(values.clone() for values in part))
+    return ByLayer(
+        (name, Drift(*(values.clone() for values in part)))
         for name, part in zip(running, parts, strict=True)
-    }
+    )
 
 
 def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
@@ -111,49 +68,6 @@ def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
     squared = torch.where(difference == 0, 0, difference.square() / running.var)
     kl = (ratio.log() + torch.where(same_var, 1, var / running.var) + squared - 1) / 2
     return Drift(shift, ratio, kl)
-
-
-@dataclass(frozen=True, eq=False)
-class Recalibration:
-    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
-
-    Attributes:
-        before: the running statistics that each layer had.
-        after: the population statistics that it has now, with their standard errors.
-        drift: how far the former were from the latter.
-
-    Example:
-        >>> import torch, bnstats
-        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
-        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
-        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
-        (0.0, 4.0)
-        >>> result.undo()
-        >>> model[0].running_mean.item()
-        0.0
-    """
-
-    before: Mapping[str, RunningStats]
-    after: PopulationStats
-    drift: Mapping[str, Drift]
-    _layers: Mapping[str, _BatchNorm] = field(repr=False)
-
-    def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit."""
-        for name, running in self.before.items():
-            running.write_to(self._layers[name])
-
-    def worst_first(self) -> list[str]:
-        """Return the layers' names by their mean divergence, the largest first."""
-        return worst_first(self.drift)
-
-    def __str__(self) -> str:
-        """Return a table of the layers, the one with the largest divergence first."""
-        skipped = self.after.num_skipped
-        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
-        if skipped:
-            head += f", {skipped} batches with non-finite statistics skipped"
-        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
 
 def worst_first(drifts: Mapping[str, Drift]) -> list[str]:

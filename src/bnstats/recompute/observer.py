@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.moments import Moments
 from bnstats.reduction import mean_and_m2
+from bnstats.traversal import num_features
 
 
 class LayerMoments(NamedTuple):
@@ -81,7 +82,7 @@ class ObservedLayer:
     @property
     def num_features(self) -> int:
         """Number of channels, C."""
-        return self.running_mean.numel()
+        return num_features(self.module)
 
     def moments_of(self, input: Tensor) -> LayerMoments:
         """Return the moments of an input, about zero where the layer wants them so."""
@@ -141,12 +142,12 @@ def observed(
 
 
 def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
-    num_features = layer.num_features
+    channels = layer.num_features
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         # What the layer cannot take, it refuses itself, in its own words.
-        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == num_features:
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:
             on_input(layer, x)
 
     return hook

@@ -9,8 +9,9 @@ from bnstats.errors import (
     warn,
 )
 from bnstats.recompute.estimators import Estimate
+from bnstats.recompute.layer_stats import LayerStats
 from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.population import LayerStats, PopulationStats
+from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.task import BatchCounts, Task
 
 

@@ -13,14 +13,15 @@ from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
 from bnstats.recompute.batches import Forward, default_device, default_forward
 from bnstats.recompute.collector import one_pass
-from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
+from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
+from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.population import PopulationStats, layers_of
+from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Method, Task, check_loader, check_mergeable, check_options
-from bnstats.traversal import Include, named_batchnorms, unwrap
+from bnstats.traversal import ByLayer, Include, named_batchnorms, no_batchnorm, unwrap
 
 METHODS = {
     method.name: method
@@ -158,7 +159,7 @@ def recompute_population_stats(
         memory_limit=memory_limit,
     )
     layers = layers_of(after, model)
-    before = {name: RunningStats.of(layer) for name, layer in layers.items()}
+    before = ByLayer((name, RunningStats.of(layer)) for name, layer in layers.items())
     drift = compare(before, after)
     write_all(layers, after, before)
     return Recalibration(before, after, drift, layers)
@@ -211,10 +212,7 @@ def measure_population_stats(
     check_mergeable(chosen, peers)
     layers = named_batchnorms(inner, include)
     if not layers:
-        warn(
-            f"{type(inner).__name__} has no BatchNorm layer with running statistics"
-            + ("" if include is None else " that include chooses")
-        )
+        warn(no_batchnorm(inner, include))
         return PopulationStats({}, method=method)
     task = Task(
         model=inner,
