@@ -11,7 +11,7 @@ from torch import nn
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
-from bnstats.recompute.batches import Forward, default_device, default_forward
+from bnstats.recompute.batches import DefaultForward, Forward, default_device
 from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
@@ -84,8 +84,10 @@ def recompute_population_stats(
     Args:
         model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
             through. Layers are every BatchNorm with running statistics.
-        loader: an iterable of batches: a tensor; a tuple or list, of which the first element
-            goes in; a mapping of keyword arguments. Tensors at any depth move to the device.
+        loader: an iterable of batches, a DataLoader for one. A batch is a tensor; a tuple or
+            list, of which the first element goes in, by the same rules; a mapping of keyword
+            arguments. Tensors and whatever else has a ``to`` move to the device, at any depth.
+            A first element of several floating-point tensors, two views say, is refused.
         method: see above.
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
@@ -218,7 +220,7 @@ def measure_population_stats(
         model=inner,
         layers=tuple(ObservedLayer.of(name, module) for name, module in layers.items()),
         loader=loader,
-        forward=partial(forward or default_forward, inner),
+        forward=DefaultForward(inner) if forward is None else partial(forward, inner),
         method=chosen,
         correction=correction,
         skip_nonfinite=on_nonfinite == "skip",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError
@@ -158,7 +159,12 @@ def check_options(
 
 def check_loader(loader: object, method: Method) -> None:
     """Refuse what is no iterable of batches, or cannot be read as often as the method needs."""
-    # DataLoader and Dataset may be iterable by __getitem__ alone.
+    if _is_map_style_dataset(loader):
+        raise InvalidTypeError(
+            f"loader: expected an iterable of batches, got {type(loader).__name__}, a dataset "
+            "whose samples would count as batches; pass DataLoader(dataset, batch_size=...)"
+        )
+    # A loader may be iterable by __getitem__ alone.
     iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
     if not iterable or isinstance(loader, (Tensor, Mapping, str)):
         raise InvalidTypeError(
@@ -171,6 +177,12 @@ def check_loader(loader: object, method: Method) -> None:
             f"({type(loader).__name__}) can be read once; pass a DataLoader or a list, or "
             'method="layerwise"'
         )
+
+
+def _is_map_style_dataset(loader: object) -> bool:
+    # __getitems__ is what a DataLoader fetches from, also where a dataset is no torch class.
+    is_dataset = isinstance(loader, Dataset) or hasattr(type(loader), "__getitems__")
+    return is_dataset and not isinstance(loader, IterableDataset)
 
 
 def check_mergeable(method: Method, peers: Peers) -> None:
