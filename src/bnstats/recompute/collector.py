@@ -51,7 +51,7 @@ class Collector:
         self._moments: dict[ObservedLayer, LayerMoments] = {}
         self._zeros = task.like.new_zeros(sum(self._channels))
         self._several_devices = {x.running_mean.device for x in layers} != {self._zeros.device}
-        self._expanded: tuple[list[int], Tensor] = ([], torch.empty(0))
+        self._expanded: tuple[list[int], Tensor] = ([], self._zeros)
         self._estimator = self._new_estimator()
 
     def on_input(self, layer: ObservedLayer, input: Tensor) -> None:
@@ -113,8 +113,8 @@ class Collector:
     def _expand(self, numbers: list[int]) -> Tensor:
         """Return one number per layer as one per channel; the last answer is kept."""
         if self._expanded[0] != numbers:
-            values = torch.tensor(numbers, dtype=self._zeros.dtype)
-            values = values.repeat_interleave(torch.tensor(self._channels))
+            values = torch.tensor(numbers, dtype=self._zeros.dtype, device="cpu")
+            values = values.repeat_interleave(torch.tensor(self._channels, device="cpu"))
             self._expanded = (list(numbers), values.to(self._zeros.device))
         return self._expanded[1]
 

@@ -38,8 +38,8 @@ class DependencySurvey:
         self._calls_in_forward: Counter[ObservedLayer] = Counter()
         self._position = {layer: i for i, layer in enumerate(task.layers)}
         size = len(task.layers)
-        self._depends = torch.zeros(size, size, dtype=torch.float64)
-        self._calls = torch.zeros(size, dtype=torch.float64)
+        self._depends = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        self._calls = torch.zeros(size, dtype=torch.float64, device="cpu")
 
     def forward(self, batch: Any) -> None:
         """Run one forward and watch it."""

@@ -172,6 +172,7 @@ class _ThreadSettings:
     def __init__(self) -> None:
         self._num_threads = torch.get_num_threads()
         self._inference = torch.is_inference_mode_enabled()
+        self._default_device = torch.get_default_device()
         self._stream: torch.Stream | None = None
         types = ["cpu"]
         if torch.accelerator.is_available():
@@ -191,6 +192,8 @@ class _ThreadSettings:
         """Have the same settings in this thread, one of so many, and no gradients."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
+            if self._default_device.type != "cpu":
+                stack.enter_context(self._default_device)
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
             if self._stream is not None:

@@ -32,7 +32,9 @@ class LayerMoments(NamedTuple):
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Return the moments of the values of both."""
-        mine, theirs = (Moments(torch.tensor(x.num_values), x.mean, x.m2) for x in (self, other))
+        mine, theirs = (
+            Moments(torch.tensor(x.num_values, device="cpu"), x.mean, x.m2) for x in (self, other)
+        )
         merged = mine + theirs
         return LayerMoments(self.num_values + other.num_values, merged.mean, merged.m2)
 
