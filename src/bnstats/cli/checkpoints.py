@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bnstats import LayerStats, RunningStats
 from bnstats.errors import InvalidValueError, LayerMismatchError
+from bnstats.recompute.files import replacing
 
 _KEYS = ("state_dict", "model")
 """Under which a checkpoint may keep its state dict."""
@@ -97,13 +97,9 @@ class Checkpoint:
                 self.state[self.prefix + _key(name, key)] = value.to(old.dtype)
 
     def save(self, path: Path) -> None:
-        """Write all of the content, whole or not at all."""
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            torch.save(self.content, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        """Write all of the content, whole or not at all, and through a link."""
+        with replacing(path) as file:
+            torch.save(self.content, file)
 
 
 def _key(layer: str, statistic: str) -> str:

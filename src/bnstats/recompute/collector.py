@@ -14,6 +14,7 @@ from bnstats.errors import NonFiniteStatisticsError, TooFewValuesError
 from bnstats.moments import Moments
 from bnstats.recompute.batches import Reader
 from bnstats.recompute.estimators import Estimate, Estimator
+from bnstats.recompute.layer_stats import with_eps
 from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import population_stats
@@ -21,9 +22,6 @@ from bnstats.recompute.task import BatchCounts, Task
 
 FIRST_CHECK = 8
 """Batches before the errors are first checked: the spread of fewer says little of them."""
-
-_ROUNDING = 1e-6
-"""A standard deviation below this part of the mean is float32's rounding: no variance."""
 
 
 class Collector:
@@ -191,9 +189,9 @@ def within_tolerance(
 ) -> bool:
     """Whether the standard errors of every layer are at most the tolerance.
 
-    Of the mean in standard deviations, of the variance relative, each as its root mean square
-    over the layer's channels. Channels without variance are known exactly; layers that no
-    batch has reached yet do not count.
+    Of the mean in standard deviations, of the variance relative, both with eps in the variance
+    as in :class:`bnstats.Drift`, and each as its root mean square over the layer's channels.
+    Layers that no batch has reached yet do not count.
 
     Args:
         estimate: of the layers, their channels laid end to end.
@@ -202,13 +200,14 @@ def within_tolerance(
     """
     if tolerance is None:
         return False
-    var = estimate.var
-    constant = var <= (_ROUNDING * estimate.mean).square()
-    of_mean = estimate.mean_stderr.square() / var
-    of_var = (estimate.var_stderr / var).square()
-    squares = torch.where(constant, 0, torch.stack([of_mean, of_var]))
-    squares = torch.where(estimate.num_values == 0, 0, squares)
+    columns = zip(*(part.split([x.num_features for x in layers]) for part in estimate), strict=True)
+    errors = []
+    for layer, column in zip(layers, columns, strict=True):
+        part = Estimate(*column)
+        square = with_eps(part.var, layer.module.eps)
+        of_mean = (part.mean_stderr.square() / square).mean()
+        of_var = (part.var_stderr / square).square().mean()
+        reached = part.num_values[0] > 0
+        errors += [torch.where(reached, of_mean, 0), torch.where(reached, of_var, 0)]
     # NaN, from a single batch, compares as too large.
-    by_layer = squares.split([layer.num_features for layer in layers], dim=1)
-    means = torch.stack([part.mean(1) for part in by_layer])
-    return bool((means <= tolerance**2).all())
+    return bool((torch.stack(errors) <= tolerance**2).all())

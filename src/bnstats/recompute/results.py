@@ -67,6 +67,7 @@ def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> La
         mean_stderr=estimate.mean_stderr,
         var_stderr=estimate.var_stderr,
         correction=correction,
+        eps=layer.module.eps,
     )
 
 
