@@ -28,6 +28,7 @@ class Reader:
         max_batches: stop after so many.
         progress: show a progress bar.
         device: where batches go.
+        call: calls what is the loader's.
 
     Attributes:
         num_read: batches given out so far.
@@ -41,6 +42,7 @@ class Reader:
         max_batches: int | None,
         progress: bool,
         device: torch.device | str | None,
+        call: Callable[..., Any],
     ) -> None:
         self.num_read = 0
         self.exhausted = False
@@ -48,6 +50,7 @@ class Reader:
         self._max_batches = max_batches
         self._progress = progress
         self._device = device
+        self._call = call
         self._batches = self._iterate()
 
     @cached_property
@@ -62,7 +65,7 @@ class Reader:
     def read(self, until: float = math.inf) -> Iterator[Any]:
         """Yield batches until so many have been read in all, or there are no more."""
         while self.num_read < until:
-            batch = next(self._batches, _NO_MORE)
+            batch = self._call(next, self._batches, _NO_MORE)
             if batch is _NO_MORE:
                 self.exhausted = True
                 return

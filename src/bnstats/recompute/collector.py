@@ -75,7 +75,7 @@ class Collector:
             counts = [x.num_values for x in moments]
             self._check_enough_values(counts)
             self._estimator.add(Moments(self._expand(counts), *flat.view(2, -1)))
-        elif self._task.skip_nonfinite:
+        elif self._task.options.on_nonfinite == "skip":
             self.num_skipped += 1
         else:
             self._raise_nonfinite()
@@ -140,7 +140,7 @@ def one_pass(task: Task) -> PopulationStats:
     """Measure with ``"pooled"``, ``"batch_average"`` or ``"ema"``."""
     collector = Collector(task, task.layers)
     with observed(task.model, task.layers, collector.on_input):
-        counts, estimate = collect(task, collector, task.forward, progress=task.progress)
+        counts, estimate = collect(task, collector, task.forward, progress=task.options.progress)
     return population_stats(task, counts, estimate)
 
 
@@ -156,17 +156,17 @@ def collect(
         progress: show a progress bar.
     """
     with closing(task.reader(progress=progress)) as reader:
-        for until in batches_before_checks(task.tolerance):
+        for until in batches_before_checks(task.options.tolerance):
             with task.peers.exchange(collector.empty_state()) as exchange:
                 for batch in reader.read(until):
-                    forward(batch)
+                    task.interrupts.call(forward, batch)
                     collector.end_batch()
                 exchange.send(collector.state(reader))
             counts, estimator = collector.merge_states(exchange.results)
             estimate = estimator.estimate(counts.fraction)
             if counts.num_exhausted == task.peers.size:
                 break
-            if within_tolerance(estimate, collector.layers, task.tolerance):
+            if within_tolerance(estimate, collector.layers, task.options.tolerance):
                 break
     return counts, estimate
 

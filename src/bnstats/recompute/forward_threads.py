@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from bnstats.recompute.interrupts import Interrupts
+
 
 class _Cancelled(BaseException):
     """Unwinds a forward that shall not go on; never leaves its thread."""
@@ -47,9 +49,11 @@ class ForwardThreads:
 
     Args:
         max_running: how many compute at the same time.
+        interrupts: no signal is raised while this object changes, as a lock would stay taken.
     """
 
-    def __init__(self, max_running: int) -> None:
+    def __init__(self, max_running: int, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
         self._max_running = self._num_sharing = max_running
         self._threads: list[ForwardThread] = []
         self._state = threading.Condition()  # guards the two below
@@ -122,15 +126,20 @@ class ForwardThreads:
         """Let all that were released run, until every thread waits or has ended.
 
         Raises:
-            BaseException: what a forward raised; of several, the one started first.
+            BaseException: what a forward raised, of several the one started first; what a
+                signal's handler raises.
         """
-        with self._state:
-            while self._released and self._num_running < self._max_running and not self._failed:
-                self._num_running += 1
-                self._released.popleft().go.release()
-            self._state.wait_for(lambda: self._num_running == 0)
-        if self._failed:
-            raise next(thread.error for thread in self._threads if thread.error is not None)
+        while True:
+            with self._state:
+                while self._can_release() and self._num_running < self._max_running:
+                    self._num_running += 1
+                    self._released.popleft().go.release()
+                self._state.wait_for(lambda: self._num_running == 0)
+            if self._failed:
+                raise next(thread.error for thread in self._threads if thread.error is not None)
+            self._interrupts.check()
+            if not self._released:
+                return
 
     def close(self) -> None:
         """End every thread, wherever its forward waits."""
@@ -145,11 +154,15 @@ class ForwardThreads:
     def _stop_running(self) -> None:
         """Let the next released thread run in place of this one."""
         with self._state:
-            if self._released and not self._failed:
+            if self._can_release():
                 self._released.popleft().go.release()
             else:
                 self._num_running -= 1
                 self._state.notify()
+
+    def _can_release(self) -> bool:
+        """Whether another thread may run on; after a failure or a signal none does."""
+        return bool(self._released) and not self._failed and not self._interrupts.pending
 
     def _run(self, thread: ForwardThread, forward: Callable[[], Any]) -> None:
         try:

@@ -39,7 +39,7 @@ def layerwise(task: Task) -> PopulationStats:
             counts, estimate = _LayerwisePass(task, reader).run(batches)
             if counts.num_exhausted == task.peers.size:
                 break
-            if within_tolerance(estimate, task.layers, task.tolerance):
+            if within_tolerance(estimate, task.layers, task.options.tolerance):
                 break
     return population_stats(task, counts, estimate)
 
@@ -50,7 +50,7 @@ def _portions(task: Task, reader: Reader) -> Iterator[Iterable[Any]]:
     Statistics of later layers need those of earlier ones complete: more batches mean to start
     over with all of them.
     """
-    if task.tolerance is None:
+    if task.options.tolerance is None:
         yield reader.read()
         return
     kept: list[Any] = []
@@ -98,7 +98,7 @@ class _LayerwisePass:
         # one forward with many.
         on_cpu = task.like.device.type == "cpu"
         self._max_running = torch.get_num_threads() if on_cpu else 1
-        self._threads = ForwardThreads(self._max_running)
+        self._threads = ForwardThreads(self._max_running, task.interrupts)
         self._completed: dict[ObservedLayer, Pooled] = {}
         self._passed: set[tuple[ObservedLayer, int]] = set()
         self._waits_since: dict[ObservedLayer, int] = {}
@@ -114,7 +114,9 @@ class _LayerwisePass:
     def run(self, batches: Iterable[Any]) -> tuple[BatchCounts, Estimate]:
         """Let the batches through."""
         task = self._task
-        bar = tqdm(total=len(task.layers), desc="layers complete", disable=not task.progress)
+        bar = tqdm(
+            total=len(task.layers), desc="layers complete", disable=not task.options.progress
+        )
         with observed(task.model, task.layers, self._on_input), bar:
             try:
                 counts, more = self._complete_next(partial(self._start, iter(batches)))
@@ -159,7 +161,7 @@ class _LayerwisePass:
 
     def _count_bytes(self, layer: ObservedLayer, num_bytes: int) -> None:
         """Count a batch that is going to be held, against the limit."""
-        limit = self._task.memory_limit
+        limit = self._task.options.memory_limit
         with self._lock:
             self._bytes_held += num_bytes
             if limit is None or self._bytes_held <= limit:
@@ -243,7 +245,7 @@ class _LayerwisePass:
     def _refuse_nonfinite(self, layer: ObservedLayer, threads: list[ForwardThread]) -> None:
         """Raise for the batches that are not finite at a layer, or take them out of the pass."""
         bad = [thread for thread in threads if not thread.waiting_with.moments.is_finite()]
-        if not self._task.skip_nonfinite or not bad:
+        if self._task.options.on_nonfinite == "raise" or not bad:
             indices = ", ".join(str(thread.index) for thread in bad or threads)
             raise NonFiniteStatisticsError(
                 f"batch {indices} (counted from 0) has non-finite statistics in layer "

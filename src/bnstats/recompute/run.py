@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
@@ -15,12 +16,20 @@ from bnstats.recompute.batches import DefaultForward, Forward, default_device
 from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
+from bnstats.recompute.interrupts import Interrupts
 from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import Method, Task, check_loader, check_mergeable, check_options
+from bnstats.recompute.task import (
+    Method,
+    Options,
+    Task,
+    check_loader,
+    check_mergeable,
+    check_options,
+)
 from bnstats.traversal import ByLayer, Include, named_batchnorms, no_batchnorm, unwrap
 
 METHODS = {
@@ -146,9 +155,7 @@ def recompute_population_stats(
         Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167, Algorithm 2; Wu and
         Johnson (2021), "Rethinking Batch in BatchNorm", arXiv:2105.07576, section 3.
     """
-    after = measure_population_stats(
-        model,
-        loader,
+    options = Options(
         method=method,
         forward=forward,
         device=device,
@@ -161,10 +168,12 @@ def recompute_population_stats(
         progress=progress,
         memory_limit=memory_limit,
     )
-    layers = layers_of(after, model)
-    before = ByLayer((name, RunningStats.of(layer)) for name, layer in layers.items())
-    drift = compare(before, after)
-    write_all(layers, after, before)
+    with Interrupts() as interrupts:
+        after, _ = _measure(model, loader, options, interrupts)
+        layers = layers_of(after, model)
+        before = ByLayer((name, RunningStats.of(layer)) for name, layer in layers.items())
+        drift = compare(before, after)
+        _write(layers, after, before, interrupts)
     return Recalibration(before, after, drift, layers)
 
 
@@ -196,40 +205,78 @@ def measure_population_stats(
         >>> bool(drift.mean_shift.abs().max() < 1)
         True
     """
-    inner = unwrap(model)
-    if method not in METHODS:
-        raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    chosen = METHODS[method]
-    check_options(
-        chosen,
+    options = Options(
+        method=method,
         forward=forward,
+        device=device,
         max_batches=max_batches,
         tolerance=tolerance,
         include=include,
         correction=correction,
         on_nonfinite=on_nonfinite,
+        sync=sync,
+        progress=progress,
         memory_limit=memory_limit,
     )
-    check_loader(loader, chosen)
-    peers = Peers.of(sync)
-    check_mergeable(chosen, peers)
-    layers = named_batchnorms(inner, include)
-    if not layers:
-        warn(no_batchnorm(inner, include))
-        return PopulationStats({}, method=method)
-    task = Task(
+    with Interrupts() as interrupts:
+        return _measure(model, loader, options, interrupts)[0]
+
+
+def _measure(
+    model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
+) -> tuple[PopulationStats, Peers]:
+    """Measure, and return with whom."""
+    peers = Peers.of(options.sync)
+    task = _prepare(model, loader, options, peers, interrupts)
+    if not task.layers:
+        warn(no_batchnorm(task.model, options.include))
+        return PopulationStats({}, method=options.method), peers
+    return task.method.measure(task), peers
+
+
+def _prepare(
+    model: nn.Module,
+    loader: Iterable[Any],
+    options: Options,
+    peers: Peers,
+    interrupts: Interrupts,
+) -> Task:
+    """Check all that the caller gave."""
+    if options.method not in METHODS:
+        raise InvalidValueError(
+            f"method: expected one of {', '.join(METHODS)}, got {options.method!r}"
+        )
+    method = METHODS[options.method]
+    inner = unwrap(model)
+    check_options(method, options)
+    check_loader(loader, method)
+    check_mergeable(method, peers)
+    layers = named_batchnorms(inner, options.include)
+    forward = options.forward
+    return Task(
         model=inner,
         layers=tuple(ObservedLayer.of(name, module) for name, module in layers.items()),
         loader=loader,
         forward=DefaultForward(inner) if forward is None else partial(forward, inner),
-        method=chosen,
-        correction=correction,
-        skip_nonfinite=on_nonfinite == "skip",
-        max_batches=max_batches,
-        tolerance=tolerance,
-        memory_limit=memory_limit,
-        device=device if device is not None else default_device(inner),
-        progress=progress,
+        device=default_device(inner) if options.device is None else options.device,
+        method=method,
+        options=options,
         peers=peers,
+        interrupts=interrupts,
     )
-    return chosen.measure(task)
+
+
+def _write(
+    layers: Mapping[str, _BatchNorm],
+    after: PopulationStats,
+    before: Mapping[str, RunningStats],
+    interrupts: Interrupts,
+) -> None:
+    """Write the statistics into all layers, or into none."""
+    try:
+        write_all(layers, after, before)
+        interrupts.check()
+    except BaseException:
+        for name, layer in layers.items():
+            before[name].write_to(layer)
+        raise

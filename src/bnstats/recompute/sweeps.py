@@ -49,7 +49,9 @@ class _Sweeps:
     def run(self) -> PopulationStats:
         """Survey the model in a whole sweep, and then sweep level by level."""
         task = self._task
-        bar = tqdm(total=len(task.layers), desc="layers complete", disable=not task.progress)
+        bar = tqdm(
+            total=len(task.layers), desc="layers complete", disable=not task.options.progress
+        )
         with observed(task.model, task.layers, lambda *call: self._on_input(*call)), bar:
             collector = Collector(task, task.layers)
             survey = DependencySurvey(task, collector)

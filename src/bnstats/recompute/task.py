@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from bnstats.distributed import Peers
+from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recompute.batches import Reader
+from bnstats.recompute.batches import Forward, Reader
 from bnstats.recompute.estimators import Estimator
+from bnstats.recompute.interrupts import Interrupts
 from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
+from bnstats.traversal import Include
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,23 @@ class Method:
     merges: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
+
+    method: str
+    forward: Forward | None
+    device: torch.device | str | None
+    max_batches: int | None
+    tolerance: float | None
+    include: Include | None
+    correction: int
+    on_nonfinite: str
+    sync: Sync
+    progress: bool
+    memory_limit: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """One measurement.
@@ -50,30 +69,22 @@ class Task:
         layers: the chosen layers, at least one.
         loader: gives batches.
         forward: from a batch to a forward of the model.
-        method: how.
-        correction: as the caller asked.
-        skip_nonfinite: leave a batch out that is not finite somewhere, instead of raising.
-        max_batches: read no more than so many.
-        tolerance: stop when the standard errors are no larger.
-        memory_limit: bytes that may be held at layers.
         device: where batches go.
-        progress: show a progress bar.
+        method: how.
+        options: what else the caller asked for.
         peers: the processes that measure together.
+        interrupts: what runs the loader and, in this thread, the forward.
     """
 
     model: nn.Module
     layers: tuple[ObservedLayer, ...]
     loader: Iterable[Any]
     forward: Callable[[Any], Any]
-    method: Method
-    correction: int
-    skip_nonfinite: bool
-    max_batches: int | None
-    tolerance: float | None
-    memory_limit: int | None
     device: torch.device | str | None
-    progress: bool
+    method: Method
+    options: Options
     peers: Peers
+    interrupts: Interrupts
 
     @property
     def like(self) -> Tensor:
@@ -85,14 +96,15 @@ class Task:
         """Begin to read the loader, from its start if it has one."""
         return Reader(
             self.loader,
-            max_batches=self.max_batches,
+            max_batches=self.options.max_batches,
             progress=progress,
             device=self.device,
+            call=self.interrupts.call,
         )
 
     def correction_of(self, layer: ObservedLayer) -> int:
         """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
-        return 0 if layer.about_zero else self.correction
+        return 0 if layer.about_zero else self.options.correction
 
 
 class BatchCounts(NamedTuple):
@@ -126,31 +138,25 @@ class BatchCounts(NamedTuple):
         return self.num_read / self.length if self.num_read < self.length else 0
 
 
-def check_options(
-    method: Method,
-    *,
-    max_batches: int | None,
-    tolerance: float | None,
-    correction: int,
-    on_nonfinite: str,
-    memory_limit: int | None,
-    **functions: object,
-) -> None:
+def check_options(method: Method, options: Options) -> None:
     """Refuse what is not in the documentation."""
-    _check_positive_int("max_batches", max_batches)
-    _check_positive_int("memory_limit", memory_limit)
-    if memory_limit is not None and not method.holds_inputs:
+    _check_positive_int("max_batches", options.max_batches)
+    _check_positive_int("memory_limit", options.memory_limit)
+    if options.memory_limit is not None and not method.holds_inputs:
         raise InvalidValueError(
             f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
         )
-    _check_tolerance(tolerance)
-    if correction not in (0, 1):
+    _check_tolerance(options.tolerance)
+    if options.correction not in (0, 1):
         raise InvalidValueError(
-            f"correction: expected 1 (unbiased variance) or 0 (biased), got {correction!r}"
+            f"correction: expected 1 (unbiased variance) or 0 (biased), got {options.correction!r}"
         )
-    if on_nonfinite not in ("raise", "skip"):
-        raise InvalidValueError(f'on_nonfinite: expected "raise" or "skip", got {on_nonfinite!r}')
-    for argument, function in functions.items():
+    if options.on_nonfinite not in ("raise", "skip"):
+        raise InvalidValueError(
+            f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
+        )
+    for argument in ("forward", "include"):
+        function = getattr(options, argument)
         if function is not None and not callable(function):
             raise InvalidTypeError(
                 f"{argument}: expected a callable or None, got {type(function).__name__}"
