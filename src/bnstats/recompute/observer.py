@@ -128,8 +128,8 @@ def observed(
         for module, _ in training:
             module.training = False
         for layer, (module, mean, var) in zip(layers, buffers, strict=True):
-            module.running_mean = torch.zeros_like(mean)
-            module.running_var = torch.ones_like(var)
+            # A layer may also be reached without its hooks, and is then what it is in evaluation.
+            module.running_mean, module.running_var = mean.clone(), var.clone()
             hook = _pre_hook(layer, on_input)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         with torch.no_grad(), _eager():
