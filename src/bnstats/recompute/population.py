@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
@@ -29,6 +29,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         layers: the statistics by layer name.
         method: how they were taken; see :func:`bnstats.recompute_population_stats`.
         num_skipped: batches left out because their statistics were not finite.
+        frozen: names of layers that were left alone, as they were in evaluation mode in a model
+            that trains.
 
     Example:
         >>> import torch, bnstats
@@ -39,11 +41,17 @@ class PopulationStats(Mapping[str, LayerStats]):
     """
 
     def __init__(
-        self, layers: Mapping[str, LayerStats], *, method: str = "pooled", num_skipped: int = 0
+        self,
+        layers: Mapping[str, LayerStats],
+        *,
+        method: str = "pooled",
+        num_skipped: int = 0,
+        frozen: Iterable[str] = (),
     ) -> None:
         self._layers = dict(layers)
         self.method = method
         self.num_skipped = num_skipped
+        self.frozen = tuple(frozen)
 
     def __getitem__(self, name: str) -> LayerStats:
         if name not in self._layers:
@@ -118,7 +126,9 @@ class PopulationStats(Mapping[str, LayerStats]):
                     f"{theirs.correction}) in the other"
                 )
             merged[name] = mine.merge(theirs)
-        return PopulationStats(merged, num_skipped=self.num_skipped + other.num_skipped)
+        frozen = dict.fromkeys(self.frozen + other.frozen)  # each once, in their order
+        num_skipped = self.num_skipped + other.num_skipped
+        return PopulationStats(merged, num_skipped=num_skipped, frozen=frozen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a versioned npz file (no pickle), whole or not at all.
@@ -130,7 +140,7 @@ class PopulationStats(Mapping[str, LayerStats]):
         """
         for stats in self.values():
             stats.check_values()
-        header = {"method": self.method, "num_skipped": self.num_skipped}
+        header = {"method": self.method, "num_skipped": self.num_skipped, "frozen": self.frozen}
         files.save(path, header, {name: vars(stats) for name, stats in self.items()})
 
     @classmethod
@@ -151,7 +161,10 @@ class PopulationStats(Mapping[str, LayerStats]):
             method, num_skipped = header["method"], header["num_skipped"]
             if not isinstance(method, str) or not isinstance(num_skipped, int) or num_skipped < 0:
                 raise ValueError(f"method {method!r}, num_skipped {num_skipped!r}")
-            return cls(stats, method=method, num_skipped=num_skipped)
+            frozen = header.get("frozen", [])
+            if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+                raise ValueError(f"frozen {frozen!r}")
+            return cls(stats, method=method, num_skipped=num_skipped, frozen=frozen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +207,9 @@ class Recalibration:
         head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
         if skipped:
             head += f", {skipped} batches with non-finite statistics skipped"
+        if frozen := self.after.frozen:
+            names = ", ".join(map(repr, frozen))
+            head += f"\nleft alone, in evaluation mode while the model trains: {names}"
         return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
 

@@ -39,7 +39,12 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
             "no batch reached these layers, whose statistics are left alone: "
             + ", ".join(map(repr, unseen))
         )
-    return PopulationStats(stats, method=task.method.name, num_skipped=int(counts.num_skipped))
+    return PopulationStats(
+        stats,
+        method=task.method.name,
+        num_skipped=int(counts.num_skipped),
+        frozen=task.frozen,
+    )
 
 
 def check_counts(counts: BatchCounts) -> None:

@@ -30,7 +30,7 @@ from bnstats.recompute.task import (
     check_mergeable,
     check_options,
 )
-from bnstats.traversal import ByLayer, Include, named_batchnorms, no_batchnorm, unwrap
+from bnstats.traversal import ByLayer, Include, first_names, named_batchnorms, no_batchnorm, unwrap
 
 METHODS = {
     method.name: method
@@ -67,6 +67,8 @@ def recompute_population_stats(
     model is bit for bit as it was; the running statistics are written at the end, in place.
     Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
+    A layer that is in evaluation mode while the model trains was frozen: it is left alone, and
+    the result names it in ``frozen``.
 
     What each layer normalizes with while its statistics are taken is the method's choice:
 
@@ -229,8 +231,14 @@ def _measure(
     peers = Peers.of(options.sync)
     task = _prepare(model, loader, options, peers, interrupts)
     if not task.layers:
-        warn(no_batchnorm(task.model, options.include))
-        return PopulationStats({}, method=options.method), peers
+        if task.frozen:
+            warn(
+                f"all {len(task.frozen)} BatchNorm layers are in evaluation mode while the model "
+                f"trains, and are left alone: {first_names(task.frozen)}"
+            )
+        else:
+            warn(no_batchnorm(task.model, options.include))
+        return PopulationStats({}, method=options.method, frozen=task.frozen), peers
     return task.method.measure(task), peers
 
 
@@ -252,10 +260,12 @@ def _prepare(
     check_loader(loader, method)
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, options.include)
+    frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
     forward = options.forward
     return Task(
         model=inner,
-        layers=tuple(ObservedLayer.of(name, module) for name, module in layers.items()),
+        layers=tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen),
+        frozen=frozen,
         loader=loader,
         forward=DefaultForward(inner) if forward is None else partial(forward, inner),
         device=default_device(inner) if options.device is None else options.device,

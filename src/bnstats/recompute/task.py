@@ -66,7 +66,8 @@ class Task:
 
     Attributes:
         model: the unwrapped model.
-        layers: the chosen layers, at least one.
+        layers: the chosen layers.
+        frozen: names of layers left alone, in evaluation mode while the model trains.
         loader: gives batches.
         forward: from a batch to a forward of the model.
         device: where batches go.
@@ -78,6 +79,7 @@ class Task:
 
     model: nn.Module
     layers: tuple[ObservedLayer, ...]
+    frozen: tuple[str, ...]
     loader: Iterable[Any]
     forward: Callable[[Any], Any]
     device: torch.device | str | None
