@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
-from bnstats.errors import InvalidValueError, NonFiniteStatisticsError, PeerError
+from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
 
 METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
 
@@ -111,6 +111,99 @@ def one_raises_and_all_do(method, error):
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key])
         assert all(module.training for module in model.modules())
+
+    return scenario
+
+
+class RaisingLength:
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        raise OSError("the disk")
+
+
+def _other_layers():
+    return nn.Sequential(network()[:5], nn.Flatten())
+
+
+# What one process does otherwise than the others; the error there, and what the others are told.
+BEFORE_THE_FIRST_BATCH = {
+    "a length that raises": ({"loader": RaisingLength()}, OSError, "rank 1"),
+    "an iterator": ({"loader": iter(()), "method": "sweeps"}, InvalidValueError, "read once"),
+    "a lazy layer": (
+        {"model": nn.Sequential(nn.LazyBatchNorm1d(), network())},
+        InvalidTypeError,
+        "InvalidTypeError: layer '0' .* is lazy",
+    ),
+    "no model": ({"model": print}, InvalidTypeError, "expected a torch.nn.Module"),
+    "an option": ({"max_batches": 0}, InvalidValueError, "max_batches"),
+}
+DIFFERENT = {
+    "layers": {"model": _other_layers()},
+    "method": {"method": "batch_average"},
+    "tolerance": {"tolerance": 0.1},
+    "correction": {"correction": 0},
+    "on_nonfinite": {"on_nonfinite": "skip"},
+    "dtypes": {"model": network().half()},
+    "no layers": {"model": nn.Linear(2, 2)},
+}
+
+
+def _recompute(world, rank, model=None, loader=None, **options):
+    model = network() if model is None else model
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
+    before = {key: value.clone() for key, value in state.items() if not isinstance(value, lazy)}
+    loader = shards(world + 1)[rank] if loader is None else loader
+    try:
+        bnstats.recompute_population_stats(model, loader, **options)
+    finally:
+        for key, value in before.items():
+            assert torch.equal(model.state_dict()[key], value)
+
+
+def failing_before_the_first_batch(what):
+    def scenario(rank, world):
+        different, error, says = BEFORE_THE_FIRST_BATCH[what]
+        method = different.get("method", "pooled")
+        if rank == 1:
+            raises(error, lambda: _recompute(world, rank, **different))
+        else:
+            raises(PeerError, lambda: _recompute(world, rank, method=method), says)
+
+    return scenario
+
+
+def measuring_different_things(what):
+    def scenario(rank, world):
+        different = DIFFERENT[what] if rank == 1 else {}
+        raises(
+            InvalidValueError, lambda: _recompute(world, rank, **different), "not measure the same"
+        )
+
+    return scenario
+
+
+def failing_while_it_writes(method):
+    def scenario(rank, world):
+        class Unwritable(torch.Tensor):
+            written = 0
+
+            def copy_(self, *args):
+                type(self).written += 1
+                if self.written == 1:
+                    raise OSError("the disk")
+                return super().copy_(*args)
+
+        model = network()
+        if rank == 1:
+            model[4].running_var = model[4].running_var.as_subclass(Unwritable)
+        raises(
+            OSError if rank == 1 else PeerError,
+            lambda: _recompute(world, rank, model, method=method),
+            "the disk" if rank == 1 else "rank 1",
+        )
 
     return scenario
 
@@ -233,6 +326,15 @@ SCENARIOS = {
         for m in METHODS
         for e in (OSError, KeyboardInterrupt)
     },
+    **{
+        f"failing_before_the_first_batch[{what}]": failing_before_the_first_batch(what)
+        for what in BEFORE_THE_FIRST_BATCH
+    },
+    **{
+        f"measuring_different_things[{what}]": measuring_different_things(what)
+        for what in DIFFERENT
+    },
+    **{f"failing_while_it_writes[{m}]": failing_while_it_writes(m) for m in METHODS},
     **{f"bad_batches_are_everybodys[{m}]": bad_batches_are_everybodys(m) for m in METHODS},
     **{
         f"processes_may_go_different_ways[{m}]": processes_may_go_different_ways(m)

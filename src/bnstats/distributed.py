@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 Sync: TypeAlias = "bool | ProcessGroup | None"
 """With whom to merge: a group, all processes (True), nobody (False), all if several (None)."""
@@ -64,6 +67,10 @@ class Peers:
             )
         return cls(sync)
 
+    def agreement(self) -> Agreement:
+        """Return a context in which every process prepares, and finds that all do the same."""
+        return Agreement(self)
+
     def exchange(self, like: Tensor) -> Exchange:
         """Return a context in which every process does its part of a step.
 
@@ -71,6 +78,12 @@ class Peers:
             like: a tensor of the shape, dtype and device of every process's result.
         """
         return Exchange(self, like)
+
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Return the values of all processes, in rank order, by pickle."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def all_gather(self, message: Tensor) -> Tensor:
         """Return the messages of all processes, stacked in rank order."""
@@ -85,6 +98,58 @@ class Peers:
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu") if backend == "gloo" else device
+
+
+class Agreement:
+    """The first step of every process, of which each describes what it is about to do.
+
+    Raises:
+        PeerError: the step failed in another process.
+        InvalidValueError: the processes are about to do different things.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._description: Mapping[str, object] = {}
+
+    def send(self, description: Mapping[str, object]) -> None:
+        """Describe what has to be the same in every process."""
+        self._description = description
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._peers.alone:
+            return
+        failure = None if error is None else f"{type(error).__name__}: {error}"
+        said = self._peers.all_gather_objects((failure, dict(self._description)))
+        if error is not None:
+            return
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text]
+        if failures:
+            raise PeerError(f"the measurement did not begin, it failed in {'; '.join(failures)}")
+        for rank, (_, theirs) in enumerate(said):
+            for key, value in said[0][1].items():
+                if theirs[key] != value:
+                    raise InvalidValueError(
+                        f"sync: the processes do not measure the same thing: {key} is "
+                        f"{_difference(value, theirs[key])} in the process of rank 0, and "
+                        f"{_difference(theirs[key], value)} in that of rank {rank}"
+                    )
+
+
+def _difference(value: object, other: object) -> str:
+    """Return a value; of a sequence what the other has not."""
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        own = [item for item in value if item not in other]
+        return f"{len(value)} with {own[0]!r}" if own else f"{len(value)}"
+    return repr(value)
 
 
 class Exchange:

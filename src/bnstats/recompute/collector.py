@@ -145,7 +145,12 @@ def one_pass(task: Task) -> PopulationStats:
 
 
 def collect(
-    task: Task, collector: Collector, forward: Callable[[Any], object], *, progress: bool = False
+    task: Task,
+    collector: Collector,
+    forward: Callable[[Any], object],
+    *,
+    prepare: Callable[[], None] = lambda: None,
+    progress: bool = False,
 ) -> tuple[BatchCounts, Estimate]:
     """Read the loader until its end, or until the errors are at most the task's tolerance.
 
@@ -153,11 +158,14 @@ def collect(
         task: what is measured; with others, together.
         collector: observes the layers in the forwards.
         forward: from a batch to a forward of the model.
+        prepare: is called before, where an error of one process is shared with the others.
         progress: show a progress bar.
     """
     with closing(task.reader(progress=progress)) as reader:
         for until in batches_before_checks(task.options.tolerance):
             with task.peers.exchange(collector.empty_state()) as exchange:
+                if not reader.num_read:
+                    prepare()
                 for batch in reader.read(until):
                     task.interrupts.call(forward, batch)
                     collector.end_batch()

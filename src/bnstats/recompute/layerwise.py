@@ -119,10 +119,7 @@ class _LayerwisePass:
         )
         with observed(task.model, task.layers, self._on_input), bar:
             try:
-                counts, more = self._complete_next(partial(self._start, iter(batches)))
-                while more:
-                    bar.update()
-                    counts, more = self._complete_next(self._threads.run)
+                counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:
                 self._threads.close()
         estimators = (self._completed.get(x) or self._new_estimator(x) for x in task.layers)
@@ -130,12 +127,39 @@ class _LayerwisePass:
         return counts, Estimate(*map(torch.cat, columns))
 
     def _start(self, batches: Iterator[Any]) -> None:
-        """Start a forward of every batch, and go on until each is held or done."""
+        """Start a forward of every batch."""
         first = list(islice(batches, self._max_running))
         self._threads.share_cores(len(first))
         for batch in chain(first, batches):
             self._threads.start(partial(self._task.forward, batch))
-        self._threads.run()
+
+    def _advance(self, step: Callable[[], None], progress: Callable[[], object]) -> BatchCounts:
+        """Take the first step, and complete layer after layer until no batch waits.
+
+        All that may fail in one process alone is done inside of an exchange.
+        """
+        width = len(BatchCounts._fields)
+        empty = self._pack(BatchCounts(0, 0, 0, 0), _Candidate())
+        while True:
+            with self._task.peers.exchange(empty) as exchange:
+                step()
+                self._threads.run()
+                exchange.send(self._report())
+            reports = exchange.results
+            candidates = [_Candidate(*row) for row in reports[:, width : width + 2].tolist()]
+            chosen = min(candidates)
+            if chosen == _Candidate():
+                return BatchCounts(*reports[:, :width].sum(0).tolist())
+            layer = self._task.layers[int(chosen.position)]
+            states = reports[:, width + 2 :]
+            if {c.position for c in candidates} - {chosen.position, _Candidate().position}:
+                # Some process would have completed another layer, and has sent the state of that.
+                with self._task.peers.exchange(self._empty_state.flatten()) as exchange:
+                    exchange.send(self._state(layer))
+                states = exchange.results
+            self._num_completed += 1
+            step = partial(self._complete, layer, states.unflatten(1, self._empty_state.shape))
+            progress()
 
     def _on_input(self, layer: ObservedLayer, input: Tensor) -> None:
         """Hold a batch, called in its own thread, until the layer can normalize it."""
@@ -172,30 +196,6 @@ class _LayerwisePass:
             'use method="sweeps", which holds none, or fewer batches (max_batches)'
         )
         self._threads.fail(error)
-
-    def _complete_next(self, run: Callable[[], None]) -> tuple[BatchCounts, bool]:
-        """Run until all batches wait or have ended, and complete a layer; False if none waits."""
-        width = len(BatchCounts._fields)
-        empty = self._pack(BatchCounts(0, 0, 0, 0), _Candidate())
-        with self._task.peers.exchange(empty) as exchange:
-            run()
-            exchange.send(self._report())
-        reports = exchange.results
-        counts = BatchCounts(*reports[:, :width].sum(0).tolist())
-        candidates = [_Candidate(*row) for row in reports[:, width : width + 2].tolist()]
-        chosen = min(candidates)
-        if chosen == _Candidate():
-            return counts, False
-        layer = self._task.layers[int(chosen.position)]
-        states = reports[:, width + 2 :]
-        if {c.position for c in candidates} - {chosen.position, _Candidate().position}:
-            # Some process would have completed another layer, and has sent the state of that.
-            with self._task.peers.exchange(self._empty_state.flatten()) as exchange:
-                exchange.send(self._state(layer))
-            states = exchange.results
-        self._complete(layer, states.unflatten(1, self._empty_state.shape))
-        self._num_completed += 1
-        return counts, True
 
     def _report(self) -> Tensor:
         """Return the counts, the candidate and its state as one vector."""

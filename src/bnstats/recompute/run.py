@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,9 @@ METHODS = {
     )
 }
 """The one table of methods."""
+
+_NOTHING = torch.empty(0, device="cpu")
+"""The result of a step that has none."""
 
 
 def recompute_population_stats(
@@ -120,8 +123,10 @@ def recompute_population_stats(
             it is not finite: earlier ones have counted it).
         sync: with whom to merge by torch.distributed: a process group, all processes (True),
             nobody (False), or all if there are several (None). Every process ends with the
-            same bits, whatever the numbers of batches; one that fails makes all fail. One
-            collective, or one for each layer, sweep, or look at the tolerance.
+            same bits, whatever the numbers of batches; one that fails makes all fail, before
+            the first batch or while it writes included. One collective, or one for each layer,
+            sweep, or check of the tolerance; a small one before, by which the processes find
+            that they measure the same layers in the same way, and one after writing.
         progress: show a progress bar.
         memory_limit: for ``"layerwise"``, how many bytes the inputs that wait at layers may
             take in this process; what the model keeps beside them is not counted.
@@ -171,11 +176,22 @@ def recompute_population_stats(
         memory_limit=memory_limit,
     )
     with Interrupts() as interrupts:
-        after, _ = _measure(model, loader, options, interrupts)
-        layers = layers_of(after, model)
-        before = ByLayer((name, RunningStats.of(layer)) for name, layer in layers.items())
-        drift = compare(before, after)
-        _write(layers, after, before, interrupts)
+        after, peers = _measure(model, loader, options, interrupts)
+        layers: dict[str, _BatchNorm] = {}
+        before: ByLayer[RunningStats] = ByLayer()
+        try:
+            with peers.exchange(_NOTHING) as exchange:
+                layers.update(layers_of(after, model))
+                before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
+                drift = compare(before, after)
+                write_all(layers, after, before)
+                interrupts.check()
+                exchange.send(_NOTHING)
+        except BaseException:
+            # Here or in another process: written in all of them, or in none.
+            for name, running in before.items():
+                running.write_to(layers[name])
+            raise
     return Recalibration(before, after, drift, layers)
 
 
@@ -229,7 +245,9 @@ def _measure(
 ) -> tuple[PopulationStats, Peers]:
     """Measure, and return with whom."""
     peers = Peers.of(options.sync)
-    task = _prepare(model, loader, options, peers, interrupts)
+    with peers.agreement() as agreement:
+        task = interrupts.call(_prepare, model, loader, options, peers, interrupts)
+        agreement.send(task.description)
     if not task.layers:
         if task.frozen:
             warn(
@@ -274,19 +292,3 @@ def _prepare(
         peers=peers,
         interrupts=interrupts,
     )
-
-
-def _write(
-    layers: Mapping[str, _BatchNorm],
-    after: PopulationStats,
-    before: Mapping[str, RunningStats],
-    interrupts: Interrupts,
-) -> None:
-    """Write the statistics into all layers, or into none."""
-    try:
-        write_all(layers, after, before)
-        interrupts.check()
-    except BaseException:
-        for name, layer in layers.items():
-            before[name].write_to(layer)
-        raise

@@ -111,12 +111,12 @@ class _Sweeps:
             missing.clear()
 
         self._on_input = on_input
-        return collect(self._task, collector, forward)
+        return collect(self._task, collector, forward, prepare=self._apply)
 
     def _update(
         self, layers: Collection[ObservedLayer], estimate: Estimate, step: float = 1
     ) -> float:
-        """Let the layers go on to an estimate, or a part of the way, and return how far it is."""
+        """Update layers to an estimate, or a part of the way, and return how far it is."""
         channels = [layer.num_features for layer in layers]
         columns = zip(*(part.split(channels) for part in estimate), strict=True)
         moved = 0.0
@@ -131,8 +131,12 @@ class _Sweeps:
                 moved = max(moved, _movement(last_mean, last_var, new))
                 mean, var = last_mean.lerp(mean, step), last_var.lerp(var, step)
             self._used[layer] = mean, var
-            layer.normalize_with(mean, var)
         return moved
+
+    def _apply(self) -> None:
+        """Let the layers normalize with what they have been updated to."""
+        for layer, statistics in self._used.items():
+            layer.normalize_with(*statistics)
 
 
 def _movement(last_mean: Tensor, last_var: Tensor, new: Estimate) -> float:

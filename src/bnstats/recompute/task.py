@@ -94,6 +94,19 @@ class Task:
         device = self.layers[0].running_mean.device
         return torch.empty(0, dtype=wide_dtype(device), device=device)
 
+    @property
+    def description(self) -> dict[str, object]:
+        """What has to be the same in every process that measures together."""
+        options = ("method", "tolerance", "correction", "on_nonfinite")
+        return {
+            **{name: getattr(self.options, name) for name in options},
+            "layers": tuple(
+                (x.name, x.num_features, str(x.running_mean.dtype), x.about_zero)
+                for x in self.layers
+            ),
+            "dtype of the measurement": str(self.like.dtype) if self.layers else None,
+        }
+
     def reader(self, *, progress: bool = False) -> Reader:
         """Begin to read the loader, from its start if it has one."""
         return Reader(
