@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,6 +37,7 @@ class DependencySurvey:
         self._task = task
         self._collector = collector
         self._flow = Dataflow()
+        self._own_tensors = [*task.model.parameters(), *task.model.buffers()]
         self._calls_in_forward: Counter[ObservedLayer] = Counter()
         self._position = {layer: i for i, layer in enumerate(task.layers)}
         size = len(task.layers)
@@ -44,7 +47,8 @@ class DependencySurvey:
     def forward(self, batch: Any) -> None:
         """Run one forward and watch it."""
         self._calls_in_forward.clear()
-        self._flow = Dataflow()
+        known = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+        self._flow = Dataflow([*known, *self._own_tensors])
         with self._flow:
             self._task.forward(batch)
         for layer, calls in self._calls_in_forward.items():
@@ -56,7 +60,9 @@ class DependencySurvey:
         sources = self._flow.sources(input)
         self._depends[self._position[layer], [self._position[s] for s in sources]] = 1
         self._calls_in_forward[layer] += 1
+        self._flow.paused = True  # the host reads what the moments are, the model does not
         self._collector.on_input(layer, input)
+        self._flow.paused = False
         # Its output depends on what it normalizes with, and so on what that was taken from.
         for statistic in (layer.running_mean, layer.running_var):
             self._flow.mark(statistic, sources | {layer})
@@ -85,23 +91,50 @@ class DependencySurvey:
 class Dataflow(TorchDispatchMode):
     """Marks every tensor with the sources that it was computed from.
 
-    Marks are kept per storage, and every new storage is some operator's result, which sets its
-    mark: an address that is used again never keeps an old one. Views and in-place results share
-    a storage and add to its mark, which can only claim too much. What passes through the host
-    (``.item()``, numpy) is not seen.
+    Marks are kept per storage: views and in-place results add to that of what they share, which
+    can only claim too much. What the operators do not show depends on every source so far:
+    memory that was made elsewhere (numpy), or that was made to be filled, which a kernel that is
+    no operator may do. Once the host has read a value, all that comes after depends on it.
+
+    Args:
+        known: tensors that depend on nothing: parameters, buffers, the batch.
+
+    Attributes:
+        paused: nothing is marked meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._marks: dict[int, frozenset[Any]] = {}
+        self.paused = False
+        self._marks: dict[Hashable, frozenset[Any]] = {}
+        self._all: frozenset[Any] = frozenset()
+        self._read_by_host: frozenset[Any] = frozenset()
+        self._without_storage: list[Tensor] = []
+        self._host_reads = _HostReads(self)
+        for tensor in known:
+            self._marks[self._key(tensor)] = frozenset()
 
     def mark(self, tensor: Tensor, sources: frozenset[Any]) -> None:
         """Set what a tensor was computed from."""
-        self._marks[_address(tensor)] = sources
+        self._marks[self._key(tensor)] = sources
+        self._all |= sources
 
     def sources(self, tensor: Tensor) -> frozenset[Any]:
         """Return what a tensor was computed from."""
-        return self._marks.get(_address(tensor), frozenset())
+        return self._marks.setdefault(self._key(tensor), self._all)
+
+    def read_by_host(self, sources: frozenset[Any]) -> None:
+        """Let all that comes after depend on these."""
+        self._read_by_host |= sources
+
+    def __enter__(self) -> Dataflow:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._host_reads.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._host_reads.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -111,22 +144,54 @@ class Dataflow(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run an operator, and mark its results with the sources of its arguments."""
+        if self.paused:
+            return func(*args, **(kwargs or {}))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sources = frozenset().union(*map(self.sources, given))
         result = func(*args, **(kwargs or {}))
-        given = _addresses((args, kwargs))
-        sources = frozenset().union(*(self._marks.get(a, frozenset()) for a in given))
-        changed = given if func._schema.is_mutable else ()  # type: ignore[attr-defined]
-        for address in {*_addresses(result), *changed}:
-            self._marks[address] = sources
+        results = tree_leaves(result)
+        operator: Any = func
+        # A value, or a shape that depends on values.
+        if torch.Tag.dynamic_output_shape in operator.tags or any(
+            isinstance(leaf, (bool, int, float, complex)) for leaf in results
+        ):
+            self.read_by_host(sources)
+        if operator.__name__.removeprefix("new_").startswith(_FILLED_LATER):
+            sources = self._all
+        changed = given if operator._schema.is_mutable else []
+        for leaf in [*results, *changed]:
+            if isinstance(leaf, Tensor):
+                self._marks[self._key(leaf)] = sources | self._read_by_host
         return result
 
+    def _key(self, tensor: Tensor) -> Hashable:
+        if tensor.layout != torch.strided:  # sparse, for one: it has no storage
+            self._without_storage.append(tensor)  # alive, so that the id stays its own
+            return id(tensor)
+        # Unlike an address, a weak reference is never that of another storage later.
+        return StorageWeakRef(tensor.untyped_storage())
 
-def _addresses(values: Any) -> set[int]:
-    # A tensor of no values has no address of its own, and carries nothing.
-    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-    return {address for tensor in tensors if (address := _address(tensor))}
+
+_FILLED_LATER = ("empty", "zeros", "ones", "full")
 
 
-def _address(tensor: Tensor) -> int:
-    # Sparse tensors and the like have no storage.
-    strided = tensor.layout == torch.strided
-    return tensor.untyped_storage().data_ptr() if strided else id(tensor)
+class _HostReads(TorchFunctionMode):
+    """Notes the reads of tensors by the host that are no operators."""
+
+    def __init__(self, flow: Dataflow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _READS and not self._flow.paused:
+            self._flow.read_by_host(self._flow.sources(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+_READS = (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.data_ptr, Tensor.__dlpack__)
