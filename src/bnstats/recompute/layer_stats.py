@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class LayerStats:
             batches; NaN with fewer than two batches.
         var_stderr: the same of ``var``.
         correction: 1 where ``var`` is unbiased, 0 where it is not.
+        eps: what the layer adds to a variance before it divides by its root.
 
     Example:
         >>> import torch, bnstats
@@ -44,20 +46,53 @@ class LayerStats:
     mean_stderr: Tensor
     var_stderr: Tensor
     correction: int = 1
+    eps: float = field(default=1e-5, kw_only=True)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, Tensor) and value.shape != (self.num_features,):
                 raise InvalidValueError(
-                    f"LayerStats: {field.name}: expected shape ({self.num_features},), got "
+                    f"LayerStats: {name}: expected shape ({self.num_features},), got "
                     f"{tuple(value.shape)}"
                 )
+
+    def check_values(self) -> None:
+        """Refuse what no measurement gives: negative, complex, not finite, out of range.
+
+        Standard errors may be NaN: that of a single batch is not known.
+
+        Raises:
+            InvalidValueError: a value is not possible; the message names it.
+        """
+        for name, least in (("count", 1), ("num_batches", 1), ("correction", 0), ("eps", 0)):
+            value = getattr(self, name)
+            kinds = (int, float) if name == "eps" else (int,)
+            if not isinstance(value, kinds) or not least <= value < math.inf:
+                raise InvalidValueError(f"{name}: expected a number from {least}, got {value!r}")
+        if self.correction > 1:
+            raise InvalidValueError(f"correction: expected 0 or 1, got {self.correction}")
+        for name in ("mean", "var", "mean_stderr", "var_stderr"):
+            value = getattr(self, name)
+            if value.dtype not in (torch.float64, torch.float32):
+                raise InvalidValueError(f"{name}: expected float64, got {value.dtype}")
+            known = value[~value.isnan()] if name.endswith("_stderr") else value
+            if not known.isfinite().all():
+                raise InvalidValueError(f"{name}: expected finite values, got NaN or infinity")
+            if name != "mean" and (known < 0).any():
+                raise InvalidValueError(f"{name}: expected 0 or more, got {float(known.min())}")
 
     @property
     def num_features(self) -> int:
         """Number of channels, C."""
         return self.mean.numel()
+
+    @property
+    def dead(self) -> Tensor:
+        """Which channels, boolean of shape (C,), have one value in all of the data.
+
+        A standard deviation below a millionth of the mean is the rounding of a float32 constant.
+        """
+        return self.var <= (1e-6 * self.mean).square()
 
     @property
     def moments(self) -> Moments:
@@ -91,6 +126,14 @@ class LayerStats:
             mean_stderr=mean_error.sqrt(),
             var_stderr=var_error.sqrt(),
         )
+
+
+def with_eps(var: Tensor, eps: float | Tensor) -> Tensor:
+    """Return the square of what evaluation divides by, ``var + eps``; never 0.
+
+    With ``eps=0`` a dead channel would be infinitely far from everything but its like.
+    """
+    return (var + eps).clamp(min=torch.finfo(var.dtype).tiny ** 0.5)
 
 
 class RunningStats(NamedTuple):

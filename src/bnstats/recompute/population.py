@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -75,11 +75,15 @@ class PopulationStats(Mapping[str, LayerStats]):
     def drift_from(self, model: nn.Module) -> dict[str, Drift]:
         """Return how far the model's running statistics are from these, per layer.
 
+        In what the model's own layers divide by: their eps is in every variance.
+
         Raises:
             LayerMismatchError: a layer is not in the model, or has other channels.
         """
-        running = {name: RunningStats.of(layer) for name, layer in layers_of(self, model).items()}
-        return compare(running, self)
+        layers = layers_of(self, model)
+        running = {name: RunningStats.of(layer) for name, layer in layers.items()}
+        stats = {name: replace(self[name], eps=layer.eps) for name, layer in layers.items()}
+        return compare(running, stats)
 
     def merge(self, other: PopulationStats) -> PopulationStats:
         """Return the statistics over the data of both, for example of two shards.
@@ -117,22 +121,37 @@ class PopulationStats(Mapping[str, LayerStats]):
         return PopulationStats(merged, num_skipped=self.num_skipped + other.num_skipped)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a versioned npz file (no pickle), whole or not at all."""
+        """Write a versioned npz file (no pickle), whole or not at all.
+
+        Through a link: what it points to is replaced.
+
+        Raises:
+            InvalidValueError: a value that no measurement gives, a negative variance for one.
+        """
+        for stats in self.values():
+            stats.check_values()
         header = {"method": self.method, "num_skipped": self.num_skipped}
         files.save(path, header, {name: vars(stats) for name, stats in self.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PopulationStats:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote, an earlier version's too.
 
         Raises:
             StatsFileError: the file is damaged, or something else.
             FileNotFoundError: there is no such file.
         """
-        header, layers = files.load(path, [field.name for field in fields(LayerStats)])
+        optional = [field.name for field in fields(LayerStats) if field.kw_only]
+        required = [field.name for field in fields(LayerStats) if not field.kw_only]
+        header, layers = files.load(path, required, optional)
         with files.malformed(path):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
-            return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
+            for layer in stats.values():
+                layer.check_values()
+            method, num_skipped = header["method"], header["num_skipped"]
+            if not isinstance(method, str) or not isinstance(num_skipped, int) or num_skipped < 0:
+                raise ValueError(f"method {method!r}, num_skipped {num_skipped!r}")
+            return cls(stats, method=method, num_skipped=num_skipped)
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,6 +67,7 @@ def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> Laye
         mean_stderr=estimate.mean_stderr,
         var_stderr=estimate.var_stderr,
         correction=correction,
+        eps=layer.module.eps,
     )
 
 
