@@ -88,7 +88,8 @@ def recompute_population_stats(
         max_batches: stop after so many.
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
-            deviations) and that of the variance (relative) are at most this. Looked at after 8
+            deviations) and that of the variance (relative) are at most this, both with eps in
+            the variance, as evaluation has it. Looked at after 8
             batches, then at every fourth, later at every eighth part more
             (``"layerwise"`` starts over with twice as many). The errors come from the spread
             between batches, which should be shuffled; where the loader has a length and was

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from bnstats.recompute.estimators import Estimate
+from bnstats.recompute.layer_stats import with_eps
 from bnstats.recompute.stage import StagedLayer
 
 FIRST_LOOK = 8
 """Batches before the first look: the spread of fewer says little of their standard error."""
-
-_ROUNDING = 1e-6
-"""A standard deviation below this part of the mean is float32's rounding: no variance."""
 
 
 def looks(tolerance: float | None) -> Iterator[float]:
@@ -34,9 +32,9 @@ def looks(tolerance: float | None) -> Iterator[float]:
 def precise(estimate: Estimate, layers: Sequence[StagedLayer], tolerance: float | None) -> bool:
     """Whether the standard errors of every layer are at most the tolerance.
 
-    Of the mean in standard deviations, of the variance relative, each as its root mean square
-    over the layer's channels. Channels without variance are known exactly; layers that no
-    batch has reached yet do not count.
+    Of the mean in standard deviations, of the variance relative, both with eps in the variance
+    as in :class:`bnstats.Drift`, and each as its root mean square over the layer's channels.
+    Layers that no batch has reached yet do not count.
 
     Args:
         estimate: of the layers, their channels laid end to end.
@@ -45,14 +43,14 @@ def precise(estimate: Estimate, layers: Sequence[StagedLayer], tolerance: float 
     """
     if tolerance is None:
         return False
-    var = estimate.var
-    constant = var <= (_ROUNDING * estimate.mean).square()
-    of_mean = estimate.mean_stderr.square() / var
-    of_var = (estimate.var_stderr / var).square()
-    squares = torch.where(constant, 0, torch.stack([of_mean, of_var]))
-    squares = torch.where(estimate.num_values == 0, 0, squares)
-    # NaN, from a single batch, compares as not precise.
     channels = [layer.num_features for layer in layers]
+    eps = torch.tensor([layer.module.eps for layer in layers], dtype=estimate.var.dtype)
+    eps = eps.repeat_interleave(torch.tensor(channels)).to(estimate.var.device)
+    square = with_eps(estimate.var, eps)
+    of_mean = estimate.mean_stderr.square() / square
+    of_var = (estimate.var_stderr / square).square()
+    squares = torch.where(estimate.num_values == 0, 0, torch.stack([of_mean, of_var]))
+    # NaN, from a single batch, compares as not precise.
     return bool((_mean_by_layer(squares, channels) <= tolerance**2).all())
 
 
