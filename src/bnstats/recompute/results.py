@@ -68,6 +68,8 @@ def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> Laye
         var_stderr=estimate.var_stderr,
         correction=correction,
         eps=layer.module.eps,
+        mean_var_cov=estimate.mean_var_cov,
+        spread=estimate.spread,
     )
 
 
