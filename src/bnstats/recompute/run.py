@@ -78,8 +78,9 @@ def recompute_population_stats(
       or augments is fine: each layer is then measured on another draw of the data.
 
     Args:
-        model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
-            through. Layers are every BatchNorm with running statistics.
+        model: any Module; DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            torch.compile and averages of weights (AveragedModel, timm's, ema-pytorch's) are
+            seen through. Layers are every BatchNorm with running statistics.
         loader: an iterable of batches: a tensor; a tuple or list, of which the first element
             goes in; a mapping of keyword arguments. Tensors at any depth move to the device.
         method: see above.
@@ -96,7 +97,9 @@ def recompute_population_stats(
             not read whole, they are those of a sample of its batches (finite population
             correction).
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
-            evaluation.
+            evaluation. It is also asked for modules of other classes that have a BatchNorm's
+            running statistics, torchvision's FrozenBatchNorm2d for one; by default these are
+            left alone.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
