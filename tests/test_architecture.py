@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "private"},
     {"reduction"},
     {"moments"},
-    {"accumulators", "traversal", "distributed"},
+    {"accumulators", "traversal", "distributed", "interrupts"},
     {"layers"},
     {"convert", "recompute"},
     {"diagnose"},

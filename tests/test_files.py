@@ -126,6 +126,8 @@ def test_a_file_of_the_first_version_still_loads(tmp_path):
     for key in first:
         assert np.array_equal(getattr(loaded, key), getattr(stats["0"], key))
     assert loaded.eps == 1e-5
+    assert loaded.mean_var_cov.isnan().all()
+    assert loaded.spread.isnan().all()
 
 
 def put(key, value):
@@ -152,6 +154,9 @@ FORGED = {
     "correction 2": put("0/correction", 2),
     "negative eps": put("0/eps", -1e-5),
     "eps NaN": put("0/eps", np.nan),
+    "complex spread": put("0/spread", np.ones((3, 3, 3), complex)),
+    "spread infinite": put("0/spread", np.full((3, 3, 3), np.inf)),
+    "spread of fewer channels": put("0/spread", np.ones((2, 3, 3))),
     "another shape": put("0/var", np.ones((3, 1))),
     "fewer channels": put("0/var", np.ones(2)),
     "a number for a tensor": put("0/mean", 1.0),
@@ -166,6 +171,7 @@ FORGED = {
     "no version": put_header(version="1"),
     "header a list": lambda arrays: arrays.__setitem__("header", []),
     "field missing": lambda arrays: arrays.pop("0/eps"),
+    "spread missing": lambda arrays: arrays.pop("0/spread"),
 }
 
 

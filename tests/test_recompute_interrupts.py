@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bnstats
-from bnstats.recompute.interrupts import Interrupts
+from bnstats.interrupts import Interrupts
 from networks import assert_untouched, snapshot, trained, uneven
 
 METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]

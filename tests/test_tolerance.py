@@ -143,6 +143,18 @@ def test_channels_without_variance_are_sure():
     assert stats.mean_stderr.isfinite().all()
 
 
+def test_errors_are_measured_in_what_evaluation_divides_by():
+    # A deviation of 1e-4 is a thirtieth of what eps adds; without eps it is all there is.
+    data = 1e-4 * torch.randn(40, 4, 3)
+
+    def read(eps):
+        layer = nn.BatchNorm1d(3, eps=eps)
+        return bnstats.measure_population_stats(layer, list(data), tolerance=0.05)[""].num_batches
+
+    assert read(1e-5) == 8
+    assert read(0.0) > 30
+
+
 def test_a_layer_seen_in_one_batch_is_not_sure_and_one_never_seen_does_not_matter():
     class Model(nn.Module):
         def __init__(self):

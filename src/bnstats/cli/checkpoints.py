@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +44,14 @@ class Checkpoint:
         Raises:
             InvalidValueError: the file is damaged, or holds more than tensors or no state dict.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise InvalidValueError(
-                f"{path}: expected a checkpoint that torch.load(weights_only=True) reads: {error}"
-            ) from error
+        with path.open("rb") as file:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file raises nearly anything
+                raise InvalidValueError(
+                    f"{path}: expected a checkpoint that torch.load(weights_only=True) reads: "
+                    f"{error}"
+                ) from error
         state = content
         if isinstance(content, dict):
             state = next(

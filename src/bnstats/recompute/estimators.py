@@ -22,7 +22,10 @@ EMA_MOMENTUM = 0.1
 
 
 class Estimate(NamedTuple):
-    """Population statistics per channel, each of shape (C,)."""
+    """Population statistics per channel, each of shape (C,); the spread (C, 3, 3).
+
+    What they say is in :class:`bnstats.LayerStats`.
+    """
 
     num_values: Tensor
     num_batches: Tensor
@@ -30,6 +33,8 @@ class Estimate(NamedTuple):
     var: Tensor
     mean_stderr: Tensor
     var_stderr: Tensor
+    mean_var_cov: Tensor
+    spread: Tensor
 
 
 class Estimator(Protocol):
@@ -106,19 +111,18 @@ class Pooled:
         """Return the pooled statistics."""
         count, mean = self._total.count, self._total.mean
         var, biased = self._total.var(self._correction), self._total.var(0)
-        shift = mean - self._spread.reference
-        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        spread = self._spread.about(mean, biased)
         scale = (1 - fraction) * self._spread.bessel() / count.square()
-        of_mean = self._spread.sum_of_squares(-shift, ones, zeros)
-        of_var = self._spread.sum_of_squares(shift.square() - biased, -2 * shift, ones)
         corrected = count / (count - self._correction)
         return Estimate(
             num_values=count,
             num_batches=self._spread.num_batches,
             mean=mean,
             var=var,
-            mean_stderr=(scale * of_mean).sqrt(),
-            var_stderr=(scale * of_var).sqrt() * corrected,
+            mean_stderr=(scale * spread[1, 1]).clamp(min=0).sqrt(),
+            var_stderr=(scale * spread[2, 2]).clamp(min=0).sqrt() * corrected,
+            mean_var_cov=scale * spread[1, 2] * corrected,
+            spread=spread.permute(2, 0, 1),
         )
 
 
@@ -180,11 +184,9 @@ class Averaged:
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return the averages."""
         batches = self._spread.num_batches
-        zeros, ones = torch.zeros_like(batches), torch.ones_like(batches)
         # The spread is taken about the plain average; the policy's average may be off it.
         offset, var = self._spread.matrix[0, 1:] / batches
-        of_mean = self._spread.sum_of_squares(-offset, ones, zeros)
-        of_var = self._spread.sum_of_squares(-var, zeros, ones)
+        spread = self._spread.about(self._spread.reference + offset, var)
         squared_weights = (self._squared_weights - fraction / batches).clamp(min=0)
         scale = self._spread.bessel() / batches * squared_weights
         return Estimate(
@@ -192,8 +194,10 @@ class Averaged:
             num_batches=batches,
             mean=self._mean,
             var=self._var,
-            mean_stderr=(scale * of_mean).sqrt(),
-            var_stderr=(scale * of_var).sqrt(),
+            mean_stderr=(scale * spread[1, 1]).clamp(min=0).sqrt(),
+            var_stderr=(scale * spread[2, 2]).clamp(min=0).sqrt(),
+            mean_var_cov=scale * spread[1, 2],
+            spread=spread.permute(2, 0, 1),
         )
 
 

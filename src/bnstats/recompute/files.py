@@ -35,7 +35,9 @@ def save(
     described = {"format": _FORMAT, "version": _VERSION, "layers": list(layers)}
     header = {**described, "fields": list(every[0]) if every else [], **header}
     arrays: dict[str, Any] = {"header": np.asarray(json.dumps(header))} | {
-        f"{index}/{key}": value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        f"{index}/{key}": np.asarray(
+            value.cpu().contiguous() if isinstance(value, Tensor) else value
+        )
         for index, layer in enumerate(every)
         for key, value in layer.items()
     }

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bnstats.recompute.interrupts import Interrupts
+from bnstats.interrupts import Interrupts
 
 
 class _Cancelled(BaseException):

@@ -13,6 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidValueError
 from bnstats.moments import Moments
+from bnstats.recompute.spread import change
+
+_TENSORS = ("mean", "var", "mean_stderr", "var_stderr", "mean_var_cov", "spread")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,12 @@ class LayerStats:
         var_stderr: the same of ``var``.
         correction: 1 where ``var`` is unbiased, 0 where it is not.
         eps: what the layer adds to a variance before it divides by its root.
+        mean_var_cov: covariance of the errors of ``mean`` and ``var``; NaN where not known.
+        spread: what errors are taken from, of shape (C, 3, 3): with n the values of a sampling
+            unit (a batch), a its mean minus ``mean``, and b its mean square about ``mean`` minus
+            the biased variance, the sums over the units of ``n^2 (1, a, b) (1, a, b)^T``; for an
+            average of batches those without n, b the difference of the variances. NaN where not
+            known.
 
     Example:
         >>> import torch, bnstats
@@ -47,19 +56,28 @@ class LayerStats:
     var_stderr: Tensor
     correction: int = 1
     eps: float = field(default=1e-5, kw_only=True)
+    # None becomes NaN.
+    mean_var_cov: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    spread: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        channels = self.num_features
+        shapes = {"spread": (channels, 3, 3)}
+        for name in ("mean_var_cov", "spread"):
+            if getattr(self, name) is None:
+                unknown = self.mean.new_full(shapes.get(name, (channels,)), torch.nan)
+                object.__setattr__(self, name, unknown)
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value.shape != (self.num_features,):
+            expected = shapes.get(name, (channels,))
+            if isinstance(value, Tensor) and value.shape != expected:
                 raise InvalidValueError(
-                    f"LayerStats: {name}: expected shape ({self.num_features},), got "
-                    f"{tuple(value.shape)}"
+                    f"LayerStats: {name}: expected shape {expected}, got {tuple(value.shape)}"
                 )
 
     def check_values(self) -> None:
         """Refuse what no measurement gives: negative, complex, not finite, out of range.
 
-        Standard errors may be NaN: that of a single batch is not known.
+        What is about errors may be NaN: those of a single batch are not known.
 
         Raises:
             InvalidValueError: a value is not possible; the message names it.
@@ -71,14 +89,14 @@ class LayerStats:
                 raise InvalidValueError(f"{name}: expected a number from {least}, got {value!r}")
         if self.correction > 1:
             raise InvalidValueError(f"correction: expected 0 or 1, got {self.correction}")
-        for name in ("mean", "var", "mean_stderr", "var_stderr"):
+        for name in _TENSORS:
             value = getattr(self, name)
             if value.dtype not in (torch.float64, torch.float32):
                 raise InvalidValueError(f"{name}: expected float64, got {value.dtype}")
-            known = value[~value.isnan()] if name.endswith("_stderr") else value
+            known = value if name in ("mean", "var") else value[~value.isnan()]
             if not known.isfinite().all():
                 raise InvalidValueError(f"{name}: expected finite values, got NaN or infinity")
-            if name != "mean" and (known < 0).any():
+            if name in ("var", "mean_stderr", "var_stderr") and (known < 0).any():
                 raise InvalidValueError(f"{name}: expected 0 or more, got {float(known.min())}")
 
     @property
@@ -101,31 +119,77 @@ class LayerStats:
             torch.tensor(self.count), self.mean, self.var * (self.count - self.correction)
         )
 
+    @property
+    def unit_covariance(self) -> Tensor:
+        """Covariance of the mean and the variance of one sampling unit, of shape (C, 2, 2).
+
+        A unit is a batch. The errors of statistics of k other units alike are a k-th of this;
+        NaN where fewer than two were seen.
+        """
+        units = self.num_batches
+        bessel = units / (units - 1) if units > 1 else math.nan
+        return bessel * self.spread[:, 1:, 1:] / self.spread[:, :1, :1]
+
     def merge(self, other: LayerStats) -> LayerStats:
         """Return the pooled statistics of the values of both.
 
-        The standard errors are combined as those of two strata: exact where each was measured
-        on its own share of the data.
+        The standard errors are those of two strata, each of which was sampled on its own: exact
+        also where the two are of different data. A part of a single batch knows no error of its
+        own; then the batches of both count as one sample. NaN where a part was read from a file
+        of a version that did not save what this takes.
         """
         total = self.moments + other.moments
-        count = int(total.count)
-        mean_error, var_error = torch.zeros_like(self.mean), torch.zeros_like(self.var)
+        count, biased = int(total.count), total.var(0)
+        spread = torch.zeros_like(self.spread).permute(1, 2, 0)
+        errors = _Errors(*torch.zeros_like(self.spread[:, 0]).unbind(1))
         for part in (self, other):
-            share = part.count / max(count, 1)
+            # About the mean of all, a part's variance has a share of its mean's error.
             shift = part.mean - total.mean
-            mean_error += (share * part.mean_stderr).square()
-            var_error += share**2 * (
-                part.var_stderr.square() + (2 * shift * part.mean_stderr).square()
-            )
-        return replace(
+            constant = part.moments.var(0) + shift.square() - biased
+            spread = spread + change(part.spread.permute(1, 2, 0), shift, 2 * shift, constant)
+            errors = errors.plus(part._errors().referred(shift), (part.count / count) ** 2)
+        merged = replace(
             self,
             count=count,
             num_batches=self.num_batches + other.num_batches,
             mean=total.mean,
             var=total.var(self.correction),
-            mean_stderr=mean_error.sqrt(),
-            var_stderr=var_error.sqrt(),
+            spread=spread.permute(2, 0, 1),
         )
+        of_mean, cov, of_var = (
+            torch.where(of_strata.isnan(), of_one, of_strata)
+            for of_strata, of_one in zip(errors, merged._errors_of_one_sample(), strict=True)
+        )
+        return replace(
+            merged, mean_stderr=of_mean.sqrt(), var_stderr=of_var.sqrt(), mean_var_cov=cov
+        )
+
+    def _errors(self) -> _Errors:
+        return _Errors(self.mean_stderr.square(), self.mean_var_cov, self.var_stderr.square())
+
+    def _errors_of_one_sample(self) -> _Errors:
+        """Return the errors that the spread of all units about the mean of all makes."""
+        corrected = self.count / (self.count - self.correction)
+        covariance = self.unit_covariance * self.spread[:, :1, :1] / self.count**2
+        of_mean, cov, of_var = covariance[:, 0, 0], covariance[:, 0, 1], covariance[:, 1, 1]
+        return _Errors(of_mean, cov * corrected, of_var * corrected**2)
+
+
+class _Errors(NamedTuple):
+    """Variances and the covariance of the errors of a mean and a variance, each of shape (C,)."""
+
+    of_mean: Tensor
+    cov: Tensor
+    of_var: Tensor
+
+    def referred(self, shift: Tensor) -> _Errors:
+        """Return those of the mean square about a mean that is lower by the shift."""
+        of_var = self.of_var + 4 * shift * (self.cov + shift * self.of_mean)
+        return _Errors(self.of_mean, self.cov + 2 * shift * self.of_mean, of_var.clamp(min=0))
+
+    def plus(self, other: _Errors, weight: float) -> _Errors:
+        """Add another's, weighted."""
+        return _Errors(*(x + weight * y for x, y in zip(self, other, strict=True)))
 
 
 def with_eps(var: Tensor, eps: float | Tensor) -> Tensor:

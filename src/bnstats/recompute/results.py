@@ -73,6 +73,8 @@ def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> La
         var_stderr=estimate.var_stderr,
         correction=correction,
         eps=layer.module.eps,
+        mean_var_cov=estimate.mean_var_cov,
+        spread=estimate.spread,
     )
 
 

@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
+from bnstats.interrupts import Interrupts
 from bnstats.recompute.batches import DefaultForward, Forward, default_device
 from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
-from bnstats.recompute.interrupts import Interrupts
 from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.observer import ObservedLayer
@@ -96,8 +96,9 @@ def recompute_population_stats(
       or augments is fine: each layer is then measured on another draw of the data.
 
     Args:
-        model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
-            through. Layers are every BatchNorm with running statistics.
+        model: any Module; DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            torch.compile and averages of weights (AveragedModel, timm's, ema-pytorch's) are
+            seen through. Layers are every BatchNorm with running statistics.
         loader: an iterable of batches, a DataLoader for one. A batch is a tensor; a tuple or
             list, of which the first element goes in, by the same rules; a mapping of keyword
             arguments. Tensors and whatever else has a ``to`` move to the device, at any depth.
@@ -116,7 +117,9 @@ def recompute_population_stats(
             not read whole, they are those of a sample of its batches (finite population
             correction).
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
-            evaluation.
+            evaluation. It is also asked for modules of other classes that have a BatchNorm's
+            running statistics, torchvision's FrozenBatchNorm2d for one; by default these are
+            left alone.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where

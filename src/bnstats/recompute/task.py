@@ -13,9 +13,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.interrupts import Interrupts
 from bnstats.recompute.batches import Forward, Reader
 from bnstats.recompute.estimators import Estimator
-from bnstats.recompute.interrupts import Interrupts
 from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
