@@ -41,11 +41,11 @@ class Unsized:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_dataloader_of_unknown_length_serves_every_method(method):
-    x = torch.randn(23, 3)
+    x = torch.randn(21, 3)
     stats = bnstats.measure_population_stats(
         nn.BatchNorm1d(3), DataLoader(Stream(x), batch_size=5), method=method, progress=True
     )[""]
-    assert (stats.count, stats.num_batches) == (23, 5)
+    assert (stats.count, stats.num_batches) == (21, 5)
     known = bnstats.measure_population_stats(nn.BatchNorm1d(3), x.split(5), method=method)[""]
     assert torch.equal(stats.mean, known.mean)
 

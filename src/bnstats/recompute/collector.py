@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnstats.errors import NonFiniteStatisticsError, TooFewValuesError
+from bnstats.errors import NonFiniteStatisticsError
 from bnstats.moments import Moments
 from bnstats.recompute.batches import Reader
 from bnstats.recompute.estimators import Estimate, Estimator
@@ -73,7 +73,6 @@ class Collector:
         # The sum is the cheaper question; that of finite numbers can be infinite.
         if math.isfinite(flat.sum()) or flat.isfinite().all():
             counts = [x.num_values for x in moments]
-            self._check_enough_values(counts)
             self._estimator.add(Moments(self._expand(counts), *flat.view(2, -1)))
         elif self._task.options.on_nonfinite == "skip":
             self.num_skipped += 1
@@ -115,17 +114,6 @@ class Collector:
             values = values.repeat_interleave(torch.tensor(self._channels, device="cpu"))
             self._expanded = (list(numbers), values.to(self._zeros.device))
         return self._expanded[1]
-
-    def _check_enough_values(self, counts: list[int]) -> None:
-        if not self._estimator.averages_variances:
-            return
-        for layer, count, correction in zip(self.layers, counts, self._corrections, strict=True):
-            if 0 < count <= correction:
-                raise TooFewValuesError(
-                    f"layer '{layer.name}' saw {count} value per channel in batch "
-                    f"{self._num_batches}: an unbiased batch variance needs two; use "
-                    'method="pooled", which needs no batch variance, or correction=0'
-                )
 
     def _raise_nonfinite(self) -> None:
         names = [x.name for x, moments in self._moments.items() if not moments.is_finite()]

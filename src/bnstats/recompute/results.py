@@ -64,6 +64,12 @@ def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> La
     """Return one layer's statistics, of tensors of shape (C,)."""
     count = int(estimate.num_values[0])
     check_enough_values(layer, count, correction)
+    if estimate.var.isnan().any():
+        raise TooFewValuesError(
+            f"layer '{layer.name}' saw 1 value per channel in each of its batches: an average of "
+            'unbiased batch variances needs a batch of two; use method="pooled", which needs no '
+            "batch variance, or correction=0"
+        )
     return LayerStats(
         count=count,
         num_batches=int(estimate.num_batches[0]),

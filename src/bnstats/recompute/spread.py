@@ -58,6 +58,10 @@ class Spread:
         """The symmetric matrix of second moments, of shape (3, 3, C)."""
         return _symmetric(self._sums)
 
+    def average(self) -> Tensor:
+        """Return the weighted averages of u and q, (2, C)."""
+        return self._sums[1:3] / self._sums[0]
+
     def offset(self, batch: Moments) -> Tensor:
         """Return u, the batch's mean about the first one that the channel saw."""
         if not self._referred:
