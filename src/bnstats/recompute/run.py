@@ -110,12 +110,13 @@ def recompute_population_stats(
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
             deviations) and that of the variance (relative) are at most this, both with eps in
-            the variance, as evaluation has it. Looked at after 8
-            batches, then at every fourth, later at every eighth part more
-            (``"layerwise"`` starts over with twice as many). The errors come from the spread
-            between batches, which should be shuffled; where the loader has a length and was
-            not read whole, they are those of a sample of its batches (finite population
-            correction).
+            the variance, as evaluation has it. Checked after 8 batches, then at every fourth,
+            later at every eighth part more (``"layerwise"`` starts over with twice as many).
+            The errors come from the spread between batches, which should be shuffled; where
+            the loader has a length and was not read whole, they are those of a sample of its
+            batches (finite population correction). With ``"layerwise"`` and ``"sweeps"`` they
+            are given the statistics of earlier layers, usually larger than the whole errors
+            (see ``PopulationStats.stderr_is_conditional``): more is read than would do.
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation. It is also asked for modules of other classes that have a BatchNorm's
             running statistics, torchvision's FrozenBatchNorm2d for one; by default these are
