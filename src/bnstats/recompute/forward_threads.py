@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
@@ -49,17 +49,20 @@ class ForwardThreads:
 
     Args:
         max_running: how many compute at the same time.
+        devices: where the forwards compute.
         interrupts: no signal is raised while this object changes, as a lock would stay taken.
     """
 
-    def __init__(self, max_running: int, interrupts: Interrupts) -> None:
+    def __init__(
+        self, max_running: int, devices: Collection[torch.device], interrupts: Interrupts
+    ) -> None:
         self._interrupts = interrupts
         self._max_running = self._num_sharing = max_running
         self._threads: list[ForwardThread] = []
         self._state = threading.Condition()  # guards the two below
         self._num_running = 0
         self._released: deque[ForwardThread] = deque()
-        self._settings = _ThreadSettings()
+        self._settings = _ThreadSettings(devices)
         self._failed = self._closed = False
 
     @property
@@ -180,22 +183,23 @@ class ForwardThreads:
 
 
 class _ThreadSettings:
-    """What torch keeps for each thread, as it is in the thread that makes this."""
+    """What torch keeps for each thread, as it is in the thread that makes this.
 
-    def __init__(self) -> None:
+    Args:
+        devices: where the forwards compute. No other is asked for anything: to ask an
+            accelerator for its stream makes a context on it.
+    """
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
         self._num_threads = torch.get_num_threads()
         self._inference = torch.is_inference_mode_enabled()
         self._default_device = torch.get_default_device()
-        self._stream: torch.Stream | None = None
-        types = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-            types.append(kind)
-            if kind != "mps":  # which has one stream
-                self._stream = torch.accelerator.current_stream()
+        with_streams = [device for device in sorted(devices, key=str) if _has_streams(device)]
+        self._streams = [torch.accelerator.current_stream(device) for device in with_streams]
+        self._device_index = torch.accelerator.current_device_index() if with_streams else None
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind))
-            for kind in types
+            for kind in sorted({"cpu", *(device.type for device in devices)} - {"meta"})
             if torch.is_autocast_enabled(kind)
         ]
         self._cache = torch.is_autocast_cache_enabled()
@@ -209,8 +213,10 @@ class _ThreadSettings:
                 stack.enter_context(self._default_device)
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
-            if self._stream is not None:
-                torch.accelerator.set_stream(self._stream)  # and its device
+            for stream in self._streams:
+                torch.accelerator.set_stream(stream)  # and its device
+            if self._device_index is not None:
+                torch.accelerator.set_device_index(self._device_index)
             if num_sharing > 1:
                 torch.set_num_threads(max(1, self._num_threads // num_sharing))
             yield
@@ -218,3 +224,10 @@ class _ThreadSettings:
     def restore(self) -> None:
         """Put the number of threads back: one thread's own is also that of later threads."""
         torch.set_num_threads(self._num_threads)
+
+
+def _has_streams(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta", "mps"):  # in one order, whoever calls
+        return False
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type

@@ -98,7 +98,7 @@ class _LayerwisePass:
         # one forward with many.
         on_cpu = task.like.device.type == "cpu"
         self._max_running = torch.get_num_threads() if on_cpu else 1
-        self._threads = ForwardThreads(self._max_running, task.interrupts)
+        self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
         self._completed: dict[ObservedLayer, Pooled] = {}
         self._passed: set[tuple[ObservedLayer, int]] = set()
         self._waits_since: dict[ObservedLayer, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,14 @@ class Task:
         return torch.empty(0, dtype=wide_dtype(device), device=device)
 
     @property
+    def devices(self) -> set[torch.device]:
+        """Where the model computes."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        devices = {tensor.device for tensor in tensors}
+        # A device without an index is the current one of its type: a tensor's has one.
+        return devices if self.device is None else {*devices, _with_index(self.device)}
+
+    @property
     def description(self) -> dict[str, object]:
         """What has to be the same in every process that measures together."""
         options = ("method", "tolerance", "correction", "on_nonfinite")
@@ -120,6 +129,10 @@ class Task:
     def correction_of(self, layer: ObservedLayer) -> int:
         """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
         return 0 if layer.about_zero else self.options.correction
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    return torch.empty(0, device=device).device
 
 
 class BatchCounts(NamedTuple):
