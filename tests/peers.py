@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -318,7 +321,70 @@ def processes_may_go_different_ways(method):
     return scenario
 
 
+def sharded(world):
+    model, mesh = network(), init_device_mesh("cpu", (world,))
+    for module in (model[0], model[3], model[6], model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def even_shards(world):
+    generator = torch.Generator().manual_seed(4)
+    return [[torch.randn(6, 2, 8, 8, generator=generator) for _ in range(3)] for _ in range(world)]
+
+
+def fully_sharded_models_are_measured(method):
+    def scenario(rank, world):
+        model, parts = sharded(world), even_shards(world)
+        stats = bnstats.recompute_population_stats(model, parts[rank], method=method).after
+        everything = [batch for part in parts for batch in part]
+        alone = bnstats.measure_population_stats(network(), everything, method=method, sync=False)
+        for name in alone:
+            torch.testing.assert_close(stats[name].mean, alone[name].mean, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stats[name].var, alone[name].var, rtol=1e-4, atol=1e-6)
+        model.train()(parts[rank][0]).sum().backward()
+        assert all(isinstance(p.grad, DTensor) for p in model.parameters())
+        return [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+def fully_sharded_models_are_refused_by_layerwise(rank, world):
+    def run():
+        bnstats.measure_population_stats(sharded(world), even_shards(world)[0], method="layerwise")
+
+    raises(InvalidValueError, run, r"sharded model \(fully_shard.*use method=.sweeps")
+
+
+def uneven_shares_of_a_sharded_model_are_an_error_on_all(method):
+    def scenario(rank, world):
+        batches = even_shards(world)[rank][: 3 if rank else 2]
+
+        def run():
+            bnstats.recompute_population_stats(sharded(world), batches, method=method)
+
+        raises(InvalidValueError, run, "rank 0 has no batch left .* same number of batches")
+
+    return scenario
+
+
+def statistics_in_dtensors_are_refused(rank, world):
+    def run():
+        model = distribute_module(nn.BatchNorm1d(3), init_device_mesh("cpu", (world,)))
+        bnstats.measure_population_stats(model, [torch.randn(4, 3)])
+
+    raises(InvalidTypeError, run, "layer '' keeps its running statistics in DTensors")
+
+
 SCENARIOS = {
+    **{
+        f"{scenario.__name__}[{m}]": scenario(m)
+        for scenario in (
+            fully_sharded_models_are_measured,
+            uneven_shares_of_a_sharded_model_are_an_error_on_all,
+        )
+        for m in ("pooled", "batch_average", "sweeps")
+    },
     **{f"same_as_one_process[{m}]": same_as_one_process(m) for m in METHODS},
     **{f"tolerance_is_decided_together[{m}]": tolerance_is_decided_together(m) for m in METHODS},
     **{
@@ -349,6 +415,8 @@ SCENARIOS = {
             a_group_is_merged_and_no_other,
             moving_averages_do_not_merge,
             there_is_one_collective,
+            fully_sharded_models_are_refused_by_layerwise,
+            statistics_in_dtensors_are_refused,
         )
     },
 }

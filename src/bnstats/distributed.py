@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 
@@ -98,6 +99,28 @@ class Peers:
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu") if backend == "gloo" else device
+
+
+def communicates(model: nn.Module) -> bool:
+    """Whether a model's forward has collectives of its own: it is sharded, or its parameters are.
+
+    What is sharded has imported the modules that it needs: bnstats need not.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    classes = tuple(
+        getattr(fsdp, name)
+        for name in ("FSDPModule", "FullyShardedDataParallel")
+        if hasattr(fsdp, name)
+    )
+    if any(isinstance(module, classes) for module in model.modules()):
+        return True
+    return any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 class Agreement:

@@ -154,7 +154,7 @@ def collect(
             with task.peers.exchange(collector.empty_state()) as exchange:
                 if not reader.num_read:
                     prepare()
-                for batch in reader.read(until):
+                for batch in task.read(reader, until):
                     task.interrupts.call(forward, batch)
                     collector.end_batch()
                 exchange.send(collector.state(reader))

@@ -29,6 +29,7 @@ from bnstats.recompute.task import (
     check_loader,
     check_mergeable,
     check_options,
+    check_sharding,
 )
 from bnstats.traversal import ByLayer, Include, first_names, named_batchnorms, no_batchnorm, unwrap
 
@@ -283,10 +284,12 @@ def _prepare(
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, options.include)
     frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
+    chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
+    check_sharding(inner, chosen, method)
     forward = options.forward
     return Task(
         model=inner,
-        layers=tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen),
+        layers=chosen,
         frozen=frozen,
         loader=loader,
         forward=DefaultForward(inner) if forward is None else partial(forward, inner),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from bnstats.distributed import Peers, Sync
+from bnstats.distributed import Peers, Sync, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.interrupts import Interrupts
 from bnstats.recompute.batches import Forward, Reader
@@ -126,6 +126,32 @@ class Task:
             call=self.interrupts.call,
         )
 
+    def read(self, reader: Reader, until: float) -> Iterator[Any]:
+        """Yield batches until so many have been read in all, or there are no more.
+
+        Raises:
+            InvalidValueError: the forwards wait for those of the other processes, and some
+                processes have no batch left.
+        """
+        batches = reader.read(until)
+        if self.peers.alone or not communicates(self.model):
+            yield from batches
+            return
+        for batch in chain(batches, repeat(_NO_MORE)):
+            has_none = torch.tensor(float(batch is _NO_MORE), device="cpu")
+            with self.peers.exchange(has_none) as exchange:
+                exchange.send(has_none)
+            if exchange.results.all():
+                return
+            if exchange.results.any():
+                ranks = ", ".join(map(str, exchange.results.nonzero().flatten().tolist()))
+                raise InvalidValueError(
+                    f"loader: the process of rank {ranks} has no batch left where others have "
+                    "one: the forwards of a sharded model wait for each other, and need the same "
+                    "number of batches in every process"
+                )
+            yield batch
+
     def correction_of(self, layer: ObservedLayer) -> int:
         """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
         return 0 if layer.about_zero else self.options.correction
@@ -133,6 +159,9 @@ class Task:
 
 def _with_index(device: torch.device | str) -> torch.device:
     return torch.empty(0, device=device).device
+
+
+_NO_MORE = object()
 
 
 class BatchCounts(NamedTuple):
@@ -217,6 +246,22 @@ def _is_map_style_dataset(loader: object) -> bool:
     # __getitems__ is what a DataLoader fetches from, also where a dataset is no torch class.
     is_dataset = isinstance(loader, Dataset) or hasattr(type(loader), "__getitems__")
     return is_dataset and not isinstance(loader, IterableDataset)
+
+
+def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
+    """Refuse what cannot run while the model's forwards have collectives of their own."""
+    for layer in layers:
+        if is_dtensor(layer.running_mean) or is_dtensor(layer.running_var):
+            raise InvalidTypeError(
+                f"layer '{layer.name}' keeps its running statistics in DTensors: expected plain "
+                "tensors, as fully_shard leaves them"
+            )
+    if method.holds_inputs and communicates(model):
+        raise InvalidValueError(
+            f'method: "{method.name}" runs several forwards side by side, and those of a sharded '
+            "model (fully_shard, FullyShardedDataParallel, DTensor parameters) wait for other "
+            'processes; use method="sweeps", which finds the same statistics'
+        )
 
 
 def check_mergeable(method: Method, peers: Peers) -> None:
