@@ -17,13 +17,25 @@ def mean_var(batches, correction=1):
 
 
 def exponential(batches, momentum, *, debias, pooled, mean=0.0, var=1.0):
-    """The running statistics after the batches, by the formulas of the exponential rule."""
+    """The running statistics after the batches, by the formulas of the exponential rule.
+
+    Pooled: the variance that a value drawn by the weights has about their mean, divided by what
+    that is of the variance of one distribution; Q is the sum of squared shares over sizes. All
+    batches are of one size.
+    """
+    q = 0.0
     for t, batch in enumerate(batches, start=1):
         m, s = mean_var([batch])
+        n = len(values(batch))
         a = momentum / (1 - (1 - momentum) ** t) if debias else momentum
         d = m - mean
+        before, q = q, (1 - a) ** 2 * q + a**2 / n
         mean = mean + a * d
-        var = (1 - a) * var + a * s + (a * (1 - a) * d**2 if pooled else 0)
+        if pooled:
+            kept = (1 - a) * (1 - before) * var if a < 1 else 0
+            var = (kept + a * (n - 1) / n * s + a * (1 - a) * d**2) / (1 - q)
+        else:
+            var = (1 - a) * var + a * s
     return mean, var
 
 

@@ -218,8 +218,10 @@ def test_cumulative_weights_give_the_unbiased_variance_of_all_values(sizes):
 def test_weights_are_the_same_for_numbers_and_tensors():
     t = torch.tensor(7.0, dtype=torch.float64)
     for pair in [
-        (exponential(7, 0.1), exponential(t, 0.1)),
+        (exponential(7, 0.1, 5), exponential(t, 0.1, 5)),
+        (exponential(7, 0.1, 5, debias=False), exponential(t, 0.1, 5, debias=False)),
         (per_batch(7), per_batch(t)),
+        (per_batch(7, 5, pooled=True), per_batch(t, 5, pooled=True)),
         (cumulative(7, 5), cumulative(t, 5)),
         (cumulative(0, 5), cumulative(t * 0, 5)),
     ]:
@@ -227,8 +229,10 @@ def test_weights_are_the_same_for_numbers_and_tensors():
 
 
 def test_a_momentum_of_zero_never_moves_and_of_one_forgets_all():
-    assert exponential(1, 0.0) == (0.0, 1.0, 0.0, 0.0)
-    assert exponential(5, 1.0) == (1.0, 0.0, 1.0, 0.0)
+    state, batch = (torch.tensor([math.nan]), torch.tensor([2.0])), torch.tensor([3.0])
+    assert fold(*state, batch, batch, exponential(5, 1.0, 4)) == (3.0, 3.0)
+    state = (torch.tensor([5.0]), torch.tensor([2.0]))
+    assert fold(*state, batch, batch, exponential(1, 0.0, 4)) == state
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 import bnstats
 from bnstats.interrupts import Interrupts
-from networks import assert_untouched, snapshot, trained, uneven
+from networks import assert_untouched, mix_modes, snapshot, trained, uneven
 
 METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 
@@ -58,35 +58,38 @@ def slow_model(seconds=0.001):
     return model
 
 
-def press(times, after, apart=0.004):
-    """Press Ctrl-C so often, the first time after so many seconds."""
+class Presser(threading.Thread):
+    """Presses Ctrl-C so often, the first time so many seconds after `ready` was set."""
 
-    def run():
-        time.sleep(after)
-        for _ in range(times):
+    def __init__(self, times, after, apart=0.004):
+        super().__init__()
+        self.times, self.after, self.apart = times, after, apart
+        self.ready = threading.Event()
+        self.start()
+
+    def run(self):
+        self.ready.wait()
+        time.sleep(self.after)
+        for _ in range(self.times):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(apart)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread
+            time.sleep(self.apart)
 
 
 @pytest.mark.parametrize("presses", [1, 2, 3])
 @pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
 def test_ctrl_c_at_ten_moments_leaves_the_model_as_it_was_and_no_thread(method, presses, handler):
-    model, data = slow_model(), uneven() * 2
-    for i, module in enumerate(model):
-        module.train(i % 2 == 0)
+    model, data = slow_model(), uneven()
+    mix_modes(model)
     before = snapshot(model)
     start = time.perf_counter()
     bnstats.measure_population_stats(model, data, method=method)
     whole = time.perf_counter() - start
     for moment in range(10):
-        handler.raising = True
-        pressing = press(presses, after=whole * (moment + 0.5) / 10)
+        pressing = Presser(presses, after=whole * (moment + 0.5) / 10)
         try:
             try:
+                handler.raising = True
+                pressing.ready.set()
                 bnstats.measure_population_stats(model, data, method=method)
             finally:
                 handler.raising = False  # an assignment: no handler runs before it
@@ -148,12 +151,14 @@ def test_ctrl_c_while_statistics_are_written_puts_all_of_them_back(method, handl
 def test_a_signal_ends_the_callers_code_at_once(handler):
     def loader():
         yield torch.randn(4, 3)
-        press(1, after=0.05)
+        pressing.ready.set()
         time.sleep(20)
 
+    pressing = Presser(1, after=0.05)
     start = time.perf_counter()
     with pytest.raises(Pressed):
         bnstats.measure_population_stats(nn.BatchNorm1d(3), loader())
+    pressing.join()
     assert time.perf_counter() - start < 10
 
 

@@ -8,7 +8,7 @@ import bnstats
 from bnstats.errors import (
     NonFiniteStatisticsError,
 )
-from networks import METHODS, assert_untouched, snapshot, trained, uneven
+from networks import METHODS, assert_untouched, mix_modes, snapshot, trained, uneven
 
 
 def test_measuring_writes_nothing():
@@ -59,8 +59,7 @@ def test_whatever_is_raised_leaves_the_model_as_it_was(method, error, where):
         model.insert(4, Failing(error, 2))
     if where == "last layer":
         model.append(Failing(error, 0))
-    for i, module in enumerate(model):
-        module.train(i % 2 == 0)
+    mix_modes(model)
     before = snapshot(model)
 
     class Broken:

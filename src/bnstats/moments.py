@@ -1,17 +1,19 @@
 r"""The core: one recursion for every running statistic, and exact moments that merge by it.
 
-State ``(mean, spread)``, what comes ``(other_mean, other_spread)``, ``d = other_mean - mean``::
+State ``(mean, spread)``, a batch ``(batch_mean, batch_spread)``, ``d = batch_mean - mean``::
 
-    mean   <- mean + step d
-    spread <- keep spread + gain other_spread + between d^2
+    mean   <- mean + d / size
+    spread <- spread + (batch_spread - fade spread + between d d') / divisor
 
-``spread`` is a variance or a sum of squared deviations; the four :class:`Weights` make the
-recursion an exponential average, a cumulative one, or Chan's exact merge. The policies that
-choose them are in :mod:`bnstats.accumulators`.
+where ``d' = batch_mean - mean`` with the new mean, so that ``d d' = (1 - 1 / size) d^2``. ``spread``
+is a variance or a sum of squared deviations; the :class:`Weights` make the recursion an exponential
+average, a cumulative one, or Chan's exact merge. The policies that choose them are in
+:mod:`bnstats.accumulators`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -26,56 +28,83 @@ Number: TypeAlias = float | Tensor
 
 
 class Weights(NamedTuple):
-    """How one step of the recursion weighs what it has and what comes.
+    """How one step of the recursion weighs a batch against the state.
 
-    Each is a number or a tensor that broadcasts over the channels.
+    Each is a number, or a tensor that broadcasts over the channels.
+
+    Attributes:
+        size: 1 over the batch's weight in the mean; 1 replaces the state, spread and all.
+        divisor: 1 over the weight of the batch's spread.
+        fade: part of ``1 / divisor`` by which the state's spread fades.
+        between: factor of the squared distance between the means; 0 leaves it out.
     """
 
-    step: Number
-    keep: Number
-    gain: Number
-    between: Number
-
-
-def fold_(
-    mean: Tensor, spread: Tensor, other_mean: Tensor, other_spread: Tensor, weights: Weights
-) -> None:
-    """Take one step of the recursion that this module's docstring states, in place."""
-    step, keep, gain, between = weights
-    delta = other_mean - mean
-    _add_scaled_(mean, delta, step)
-    if isinstance(keep, Tensor):
-        spread.mul_(keep)
-        _add_scaled_(spread, other_spread, gain)
-    elif keep == 1 - gain:  # an average, by whose policy they are equal to the bit
-        spread.lerp_(other_spread, gain)
-    else:
-        if keep != 1:
-            spread.mul_(keep)
-        _add_scaled_(spread, other_spread, gain)
-    if isinstance(between, Tensor):
-        spread.addcmul_(between * delta, delta)
-    elif between != 0:  # a rule without the term between batches does not pay for it
-        spread.addcmul_(delta, delta, value=between)
+    size: Number
+    divisor: Number
+    fade: Number = 1
+    between: Number = 0
 
 
 def fold(
-    mean: Tensor, spread: Tensor, other_mean: Tensor, other_spread: Tensor, weights: Weights
+    mean: Tensor, spread: Tensor, batch_mean: Tensor, batch_spread: Tensor, weights: Weights
 ) -> tuple[Tensor, Tensor]:
-    """Return what :func:`fold_` makes of a state, and leave the state alone."""
-    mean, spread = mean.clone(), spread.clone()
-    fold_(mean, spread, other_mean, other_spread, weights)
-    return mean, spread
+    """Return the state after one step of the recursion that this module's docstring states."""
+    size, divisor, fade, between = weights
+    delta = batch_mean - mean
+    new_mean = _add_quotient(mean, delta, size)
+    if isinstance(fade, Tensor):
+        change = torch.addcmul(batch_spread, spread, fade, value=-1)
+    else:
+        change = torch.sub(batch_spread, spread, alpha=fade)
+    if isinstance(between, Tensor):
+        change.addcmul_(between * delta, batch_mean - new_mean)
+    elif between != 0:  # a rule without the term between batches does not pay for it
+        change.addcmul_(delta, batch_mean - new_mean, value=between)
+    new_spread = _add_quotient(spread, change, divisor)
+    if isinstance(size, Tensor):
+        # A batch that replaces the state: 0 times what was there could be NaN, or leave digits.
+        replaces = size == 1
+        new_mean = torch.where(replaces, batch_mean, new_mean)
+        new_spread = torch.where(replaces, batch_spread, new_spread)
+    elif size == 1:
+        return batch_mean.clone(), batch_spread.clone()
+    return new_mean, new_spread
 
 
-def _add_scaled_(x: Tensor, y: Tensor, scale: Number) -> None:
-    """Add scale y to x, in one operation where the host knows the scale."""
-    if not isinstance(scale, Tensor):
-        x.add_(y, alpha=scale)
-    elif scale.dim():
-        x.addcmul_(y, scale)
-    else:  # which may be on the host, where addcmul_ need not take it from
-        x.add_(scale * y)
+def fold_(
+    mean: Tensor, spread: Tensor, batch_mean: Tensor, batch_spread: Tensor, weights: Weights
+) -> bool:
+    """Take the step of :func:`fold` in place, by numbers: the same in fewer operations.
+
+    Returns:
+        Whether it was taken. A batch that is not finite, or would make the state so, leaves the
+        state as it is.
+    """
+    size, divisor, fade, between = weights
+    target = batch_spread
+    delta = batch_mean - mean
+    if between != 0 and size != 1:
+        target = torch.addcmul(target, delta, delta, value=between * (1 - 1 / size))
+    # Where a mean is not finite, neither is the variance about it.
+    if not math.isfinite(target.max()):
+        return False
+    if size == 1:
+        mean.copy_(batch_mean)
+        spread.copy_(batch_spread)
+        return True
+    mean.add_(delta, alpha=1 / size)
+    if fade == 1:
+        spread.lerp_(target, 1 / divisor)
+    else:
+        spread.add_(torch.sub(target, spread, alpha=fade), alpha=1 / divisor)
+    return True
+
+
+def _add_quotient(x: Tensor, y: Tensor, divisor: Number) -> Tensor:
+    """Return ``x + y / divisor`` in one operation."""
+    if isinstance(divisor, Tensor):
+        return torch.addcdiv(x, y, divisor)
+    return torch.add(x, y, alpha=1 / divisor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,9 +196,9 @@ class Moments:
             raise InvalidValueError(
                 f"merge: expected {self.num_features} channels, got {other.num_features}"
             )
-        total = self.count + other.count
-        step = other.count.to(self.mean.dtype) / total.clamp(min=1)
-        weights = Weights(step=step, keep=1, gain=1, between=self.count * step)
+        total, added = self.count + other.count, other.count.to(self.mean.dtype)
+        # Of no values, the size is infinite: they move nothing.
+        weights = Weights(size=total.clamp(min=1) / added, divisor=1, fade=0, between=added)
         return Moments(total, *fold(self.mean, self.m2, other.mean, other.m2, weights))
 
     def __add__(self, other: Moments) -> Moments:

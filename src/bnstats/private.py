@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -10,7 +11,7 @@ def in_backward_pass() -> bool:
     """Whether this thread is inside a backward pass of autograd.
 
     Activation checkpointing runs the forward again from there, for both of its kinds, and no
-    public name tells so: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
+    public name says so: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
     is not its caller. torch.compile cannot trace the question. It does not rerun the updates of
     buffers in a checkpoint inside compiled code; one around it is what operators ask for
     (:mod:`bnstats.layers.operators`).
@@ -19,18 +20,33 @@ def in_backward_pass() -> bool:
 
 
 def only_reverse_mode() -> bool:
-    """Whether reverse-mode autograd is all that looks on: no torch.func, no forward mode.
+    """Whether reverse-mode autograd is the only differentiation: no torch.func, no forward mode.
 
     An autograd function serves neither without rules of its own, and there is no public way to
-    ask whether one of them is at work.
+    ask whether one of them is active.
     """
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def recording() -> bool:
-    """Whether make_fx or torch.jit.trace records the operators that run.
+def intercepted() -> bool:
+    """Whether something sees each operator before it runs, or runs it in another way.
 
-    What numpy does would be a constant in the record. There is no public way to ask the first.
+    Dispatch modes (selective checkpointing, make_fx, fake tensors, counters of operations),
+    function transforms (vmap, grad) and torch.jit.trace. What Python or numpy computes from a
+    tensor's values escapes them. None of the three can be asked for by a public name.
     """
-    proxy = torch._C._TorchDispatchModeKey.PROXY
-    return torch._C._get_dispatch_mode(proxy) is not None or torch._C._is_tracing()
+    return not torch.compiler.is_compiling() and (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether Python may read a tensor's values at no cost: on CPU, and nothing intercepts."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not intercepted()
+    )

@@ -12,7 +12,7 @@ from bnstats.convert.centering import Recentering, plan_centering, plan_folding
 from bnstats.convert.change import Change, check_options, plan
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
 from bnstats.errors import InvalidTypeError, InvalidValueError, warn
-from bnstats.layers.about_zero import far_from_zero
+from bnstats.layers.moving_average_state import far_from_zero
 from bnstats.traversal import Include, check_materialized, named_layers
 
 M = TypeVar("M", bound=nn.Module)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from numbers import Integral, Real
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.layers import fast_moments, operators
+from bnstats.errors import InvalidValueError
+from bnstats.layers import batch_norm_cpu, operators
+from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.moments import Number, Weights, fold, fold_
-from bnstats.private import in_backward_pass
-from bnstats.reduction import wide_dtype
+from bnstats.private import in_backward_pass, intercepted, on_host
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class RunningStatsBatchNorm(_BatchNorm):
@@ -24,10 +26,16 @@ class RunningStatsBatchNorm(_BatchNorm):
 
     A subclass says with :meth:`_weigh` how a batch is weighed. Evaluation normalizes by the
     running statistics and training by the batch's own, as ``nn.BatchNorm`` does: with torch's
-    kernel, or where it pays by :mod:`bnstats.layers.fast_moments`.
+    kernel, or where it is faster by :mod:`bnstats.layers.batch_norm_cpu`.
     """
 
     _input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
+
+    _counters: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
+    """Buffers that count training forwards, or values; :meth:`_weigh` gets what they hold."""
+
+    _wide_buffers: ClassVar[tuple[str, ...]] = ()
+    """Buffers that keep their precision when the layer becomes half."""
 
     num_batches_tracked: Tensor | None
 
@@ -40,22 +48,30 @@ class RunningStatsBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         name = type(self).__name__
-        check_count(name, "num_features", num_features, 1)
-        _check_eps(name, eps)
-        _check_momentum(name, momentum)
+        check_integer(name, "num_features", num_features, 1)
+        check_eps(name, eps)
+        check_momentum(name, momentum)
         # torch.compile does not take numpy's numbers.
         eps, momentum = float(eps), None if momentum is None else float(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            self.register_parameter("bias", None)
 
     @abstractmethod
-    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:
-        """Count a batch of so many values, and return the weights that it has.
+    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
+        """Return the weights of a batch of so many values, for these counts before it."""
 
-        ``counted`` is 1 where the host knows that the batch counts. Elsewhere it is a tensor,
-        0 for one that does not; its weights are those that it would have.
-        """
+    def _increments(self, batch_values: int) -> tuple[int, ...]:  # noqa: ARG002
+        """Return by how much a batch moves each of the counters."""
+        return (1,)
+
+    def _forgets(self) -> bool:
+        """Whether a batch replaces all before it, so that counters of values start anew."""
+        return False
 
     def statistics_about_zero(self) -> bool:
         """Whether running_mean is always 0, and running_var about zero."""
@@ -70,6 +86,14 @@ class RunningStatsBatchNorm(_BatchNorm):
         if self.statistics_about_zero() and mean is not None and var is not None:
             var.addcmul_(mean, mean)
             mean.zero_()
+
+    def reset_parameters(self) -> None:
+        """Reset the running statistics; weight 1, bias 0."""
+        self.reset_running_stats()
+        # torch before 2.13 expects a bias wherever there is a weight.
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
 
     def _check_input_dim(self, input: Tensor) -> None:
         expected = self._input_dims
@@ -99,21 +123,21 @@ class RunningStatsBatchNorm(_BatchNorm):
                 f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
                 "leave such a batch out, or use MovingAverageBatchNorm"
             )
-        normalized: fast_moments.Normalized | None = None
-        if not torch.compiler.is_compiling() and fast_moments.pays_for(input, running_mean):
-            normalized = fast_moments.batch_norm(input, self.weight, self.bias, self.eps)
+        normalized: batch_norm_cpu.Normalized | None = None
+        if not torch.compiler.is_compiling() and batch_norm_cpu.is_faster(input, running_mean):
+            normalized = batch_norm_cpu.batch_norm(input, self.weight, self.bias, self.eps)
         output, mean, var = normalized or self._normalize(input, running_mean)
-        # A batch of no values has no statistics; a recomputed one has been counted.
-        if count > 0 and not in_backward_pass():
+        # A batch of no values has no statistics.
+        if count > 0 and self.momentum != 0:
             self._track(mean, var, count)
         return output
 
-    def _normalize(self, input: Tensor, running_mean: Tensor) -> fast_moments.Normalized:
+    def _normalize(self, input: Tensor, running_mean: Tensor) -> batch_norm_cpu.Normalized:
         """Normalize by torch's kernel."""
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         like = running_mean
-        if like.dtype in (torch.float16, torch.bfloat16):
+        if like.dtype in HALF:
             # The batch's statistics come out in the parameters' dtype; half is too coarse.
             like = like.float()
             weight = None if weight is None else weight.float()
@@ -124,84 +148,123 @@ class RunningStatsBatchNorm(_BatchNorm):
         # What F.batch_norm calls after checks that are done: they cost a microsecond.
         use_cudnn = torch.backends.cudnn.enabled
         output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
-        return fast_moments.Normalized(output, mean, var)
+        return batch_norm_cpu.Normalized(output, mean, var)
+
+    def _state(self) -> tuple[Tensor, Tensor]:
+        """Return the buffers of the recursion, mean and variance."""
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        assert mean is not None and var is not None  # else forward does not come here
+        return mean, var
+
+    def _publish(self) -> None:
+        """Write the running statistics where the recursion has buffers of its own."""
 
     def _track(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Fold a batch's mean and unbiased variance in, unless they are not finite."""
-        buffers = self._buffers
-        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-        assert running_mean is not None and running_var is not None
-        mean, var = running_mean, running_var
-        if mean.dtype != batch_mean.dtype:  # half buffers: the step is taken wide
-            mean, var = mean.to(batch_mean.dtype), var.to(batch_var.dtype)
-        # Where the mean is not finite, neither is the variance about it.
-        largest = batch_var.max()
+        """Fold a batch's mean and unbiased variance in, unless what comes of it is not finite."""
+        moves = not in_backward_pass()  # else activation checkpointing runs a forward again
         if on_host(batch_var):
-            # Numbers are cheaper than small tensors.
-            if not math.isfinite(largest):
+            if moves:
+                self._track_on_host(batch_mean, batch_var, batch_values)
+        elif moves or intercepted():
+            self._track_on_device(batch_mean, batch_var, batch_values, moves)
+
+    def _track_on_host(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
+        """Do it by numbers, which are cheaper than small tensors, and in place."""
+        counters = [self._buffers[name] for name in self._counters]
+        counts = [math.inf if counter is None else int(counter) for counter in counters]
+        state = mean, var = self._state()
+        rounded_to = self._half_dtype()
+        if rounded_to is not None:  # the step is taken wide, and on a copy
+            mean, var = (x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in state)
+        if not fold_(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values)):
+            return
+        if rounded_to is not None:
+            if not math.isfinite(_largest_rounded(mean, var, rounded_to)):
                 return
-            fold_(mean, var, batch_mean, batch_var, self._weigh(batch_values, 1))
-        else:
-            # The host must not wait for the device: the choice is made there.
-            counted = operators.counts(largest) if _in_compiled_code() else largest.isfinite()
-            weights = self._weigh(batch_values, counted.long())
-            new_mean, new_var = fold(mean, var, batch_mean, batch_var, weights)
-            mean, var = torch.where(counted, new_mean, mean), torch.where(counted, new_var, var)
-        if mean is not running_mean:
-            running_mean.copy_(mean)
-            running_var.copy_(var)
+            for buffer, value in zip(state, (mean, var), strict=True):
+                buffer.copy_(value)
+        for index, by in enumerate(self._increments(batch_values)):
+            counter, count = counters[index], counts[index]
+            if counter is not None:
+                # At half the cost of adding.
+                counter.fill_(by if index and self._forgets() else count + by)
+        self._publish()
+
+    def _track_on_device(
+        self, batch_mean: Tensor, batch_var: Tensor, batch_values: int, moves: bool
+    ) -> None:
+        """Do it by tensors alone: the host must not wait for the device.
+
+        Where selective checkpointing runs a forward again, it expects the operators of the first
+        time, in their order; nothing moves then.
+        """
+        counters = [self._buffers[name] for name in self._counters]
+        state = self._state()
+        counts = [math.inf if counter is None else counter for counter in counters]
+        rounded_to = self._half_dtype()
+        mean, var = (x.float() if x.dtype in HALF else x for x in state)
+        weights = self._weigh(counts, batch_values)
+        new = fold(mean, var, batch_mean, batch_var, weights)
+        largest = new[1].max() if rounded_to is None else _largest_rounded(*new, rounded_to)
+        compiled = torch.compiler.is_compiling() and not operators.is_exporting()
+        counted = operators.counts(largest) if compiled else largest < torch.inf
+        for buffer, value in zip(state, new, strict=True):
+            _replace(buffer, counted, value, moves)
+        for index, by in enumerate(self._increments(batch_values)):
+            if (counter := counters[index]) is None:
+                continue
+            if index and self._forgets():
+                _replace(counter, counted, torch.full_like(counter, by), moves)
+            else:
+                counter.add_(counted, alpha=by if moves else 0)
+        self._publish()
+
+    def _half_dtype(self) -> torch.dtype | None:
+        """Return the dtype of the running statistics if it is a half one."""
+        mean = self._buffers["running_mean"]
+        return mean.dtype if mean is not None and mean.dtype in HALF else None
+
+    def _wide_dtype(self, running: Tensor) -> torch.dtype:
+        """Return the dtype of the wide buffers beside these running statistics."""
+        return torch.promote_types(running.dtype, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        wide = {name: self._buffers.pop(name) for name in self._wide_buffers}
+        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        running = self._buffers["running_mean"]
+        for name, buffer in wide.items():
+            if buffer is not None and running is not None:
+                # Before and after fn: a device may not have this dtype, half has too few digits.
+                source = buffer.to(self._wide_dtype(running))
+                buffer = fn(source)
+                if buffer.dtype != source.dtype:
+                    lost = source.is_meta and not buffer.is_meta
+                    buffer = (buffer if lost else source).to(buffer.device, source.dtype)
+            self._buffers[name] = buffer
+        return module
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args)
+        for name in self._wide_buffers:  # assigned as the checkpoint has them
+            buffer, running = self._buffers[name], self._buffers["running_mean"]
+            if buffer is not None and running is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.to(self._wide_dtype(running))
 
 
-def _in_compiled_code() -> bool:
-    """Whether this is traced to be run here: what is exported has torch's operators alone."""
-    exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # not in torch 2.6
-    return torch.compiler.is_compiling() and not exporting()
+def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the largest of what is to be written, as it is in the dtype of the buffers."""
+    return torch.maximum(mean.to(dtype).abs().max(), var.to(dtype).max())
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Whether the host knows a tensor's numbers without waiting: no device, no tracing."""
-    return tensor.is_cpu and type(tensor) is Tensor and not torch.compiler.is_compiling()
+def _replace(buffer: Tensor, counted: Tensor, value: Tensor, moves: bool) -> None:
+    """Write a value where a batch counted."""
+    if moves and value.dtype == buffer.dtype and not _is_transformed():
+        torch.where(counted, value, buffer, out=buffer)
+    else:
+        new = torch.where(counted, value, buffer)
+        buffer.copy_(new if moves else buffer)
 
 
-def count_(counter: Tensor | None, by: int, counted: Tensor | int) -> Number:
-    """Add to a counter what counts, and return what it is with this batch, as a wide number."""
-    assert counter is not None
-    if isinstance(counted, int):
-        number = int(counter) + by
-        counter.fill_(number)  # at half the cost of adding
-        return number
-    # Weights are computed from it without rounding to half or float.
-    number_there = counter.to(wide_dtype(counter.device)) + by
-    counter.add_(counted * by)
-    return number_there
-
-
-def check_count(name: str, argument: str, value: Any, least: int) -> None:
-    """Refuse an argument that is not an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
-
-
-def check_number(name: str, argument: str, value: Any) -> None:
-    """Refuse an argument that is not a number."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
-
-
-def _check_eps(name: str, eps: float) -> None:
-    check_number(name, "eps", eps)
-    if not 0 < eps < math.inf:
-        raise InvalidValueError(f"{name}: eps: expected a positive number, got {eps}")
-
-
-def _check_momentum(name: str, momentum: float | None) -> None:
-    if momentum is None:
-        return
-    check_number(name, "momentum", momentum)
-    if not 0 <= momentum <= 1:
-        raise InvalidValueError(
-            f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "
-            f"(PyTorch's convention), got {momentum}"
-        )
+def _is_transformed() -> bool:
+    """Whether torch.compile or a function transform is at work, which take no ``out=``."""
+    return torch.compiler.is_compiling() or intercepted()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnstats.accumulators import cumulative
-from bnstats.accumulators.exponential import averaging
-from bnstats.layers.base import RunningStatsBatchNorm, count_
-from bnstats.moments import Weights
+from bnstats.accumulators import cumulative, separate
+from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.layers.versions import Versions
+from bnstats.moments import Number, Weights
+from bnstats.private import intercepted
+from bnstats.reduction import wide_dtype
 
 
 class CumulativeBatchNorm(RunningStatsBatchNorm):
@@ -67,7 +70,12 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         American Statistician 37(3).
     """
 
+    _counters = ("num_batches_tracked", "num_values_tracked")
+    _wide_buffers = ("exact_mean", "exact_var")
+
     num_values_tracked: Tensor | None
+    exact_mean: Tensor | None
+    exact_var: Tensor | None
 
     def __init__(
         self,
@@ -78,36 +86,99 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        counter = torch.tensor(0, device=device) if track_running_stats else None
-        self.register_buffer("num_values_tracked", counter)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        mean, var = self.running_mean, self.running_var
+        for name in ("num_values_tracked", *self._wide_buffers):
+            self.register_buffer(name, None)
+        if mean is not None and var is not None:
+            wide = self._wide_dtype(mean)
+            self.num_values_tracked = torch.tensor(0, device=mean.device)
+            self.exact_mean, self.exact_var = mean.to(wide, copy=True), var.to(wide, copy=True)
+        self._versions = Versions()
 
-    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:
-        count_(self._buffers["num_batches_tracked"], 1, counted)
-        counter = self._buffers["num_values_tracked"]
-        if self.momentum == 1:
-            assert counter is not None
-            counter.mul_(1 - counted)
-        num_values = count_(counter, batch_values, counted)
-        if self.momentum == 1:
-            return averaging(1, pooled=False)
-        return cumulative(num_values - batch_values, batch_values)
+    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
+        if self._forgets():
+            return separate(1)
+        _, num_values = counts
+        return cumulative(num_values, batch_values)
+
+    def _increments(self, batch_values: int) -> tuple[int, ...]:
+        return 1, batch_values
+
+    def _forgets(self) -> bool:
+        return self.momentum == 1
+
+    def _state(self) -> tuple[Tensor, Tensor]:
+        exact_mean, exact_var = self._buffers["exact_mean"], self._buffers["exact_var"]
+        assert exact_mean is not None and exact_var is not None
+        if _is_traced() or not self._versions.know(self._shown()):
+            self._reconcile()
+        return exact_mean, exact_var
+
+    def _shown(self) -> list[Tensor]:
+        """Return what others know of torch's layer, and may write to."""
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = [self._buffers[name] for name in names]
+        return [buffer for buffer in buffers if buffer is not None]
+
+    def _publish(self) -> None:
+        shown = self._shown()
+        shown[0].copy_(self._buffers["exact_mean"])
+        shown[1].copy_(self._buffers["exact_var"])
+        if not _is_traced():
+            self._versions.remember(shown)
+
+    @torch.no_grad()
+    def _reconcile(self) -> None:
+        """Go on from what others have written to the running statistics and the counter."""
+        running, num_values = self._shown(), self._buffers["num_values_tracked"]
+        assert num_values is not None
+        for name, shown in zip(self._wide_buffers, running, strict=False):
+            exact = self._buffers[name]
+            assert exact is not None
+            # Where both agree, the exact one has more digits of the same number.
+            exact.copy_(torch.where(exact.to(shown.dtype) == shown, exact, shown.to(exact.dtype)))
+        if len(running) == 3:
+            # Lightning's weight averaging resets torch's counter, and knows of no other.
+            num_values.mul_(running[2] != 0)
+
+    def _wide_dtype(self, running: Tensor) -> torch.dtype:
+        return wide_dtype(running.device)
+
+    def adopt_statistics(self) -> None:
+        """Show these statistics in evaluation; the first batch replaces them."""
+        if self.num_values_tracked is not None:
+            self.num_values_tracked.zero_()
+            self._reconcile()
 
     def reset_running_stats(self) -> None:
         """Forget all values: mean 0, variance 1, counters 0."""
         super().reset_running_stats()
-        # nn.BatchNorm resets in its constructor, before this buffer is there.
-        counter = getattr(self, "num_values_tracked", None)
-        if counter is not None:
-            counter.zero_()
+        # nn.BatchNorm resets in its constructor, before these buffers are there.
+        if getattr(self, "num_values_tracked", None) is not None:
+            self.num_values_tracked.zero_()
+            self.exact_mean.zero_()
+            self.exact_var.fill_(1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # torch passes a copy of the caller's mapping, and completes it in the same way.
-        key, mean = prefix + "num_values_tracked", state_dict.get(prefix + "running_mean")
-        if isinstance(mean, Tensor) and self.num_values_tracked is not None:
-            state_dict.setdefault(key, torch.tensor(0, device=mean.device))
+        mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
+        if isinstance(mean, Tensor) and isinstance(var, Tensor) and self.exact_mean is not None:
+            wide = self._wide_dtype(mean)
+            state_dict.setdefault(prefix + "num_values_tracked", torch.tensor(0, device=mean.device))
+            state_dict.setdefault(prefix + "exact_mean", mean.to(wide))
+            state_dict.setdefault(prefix + "exact_var", var.to(wide))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_traced() -> bool:
+    """Whether what is asked of Python here would not be asked again when this runs."""
+    return torch.compiler.is_compiling() or intercepted()
 
 
 class CumulativeBatchNorm1d(CumulativeBatchNorm, nn.BatchNorm1d):

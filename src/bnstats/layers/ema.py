@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bnstats.accumulators import exponential, per_batch
-from bnstats.layers.base import RunningStatsBatchNorm, count_
-from bnstats.moments import Weights
+from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.moments import Number, Weights
 
 
 class EMABatchNorm(RunningStatsBatchNorm):
@@ -81,23 +81,26 @@ class EMABatchNorm(RunningStatsBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         debias: bool = True,
         pooled: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
         self.debias = debias
         self.pooled = pooled
 
-    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:  # noqa: ARG002
-        num_batches = count_(self._buffers["num_batches_tracked"], 1, counted)
+    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
+        (num_batches,) = counts
         if self.momentum is None:
-            return per_batch(num_batches, pooled=self.pooled)
-        return exponential(num_batches, self.momentum, debias=self.debias, pooled=self.pooled)
+            return per_batch(num_batches, batch_values, pooled=self.pooled)
+        return exponential(
+            num_batches, self.momentum, batch_values, debias=self.debias, pooled=self.pooled
+        )
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args)
         self.adopt_statistics()
 
     def adopt_statistics(self) -> None:
@@ -107,7 +110,9 @@ class EMABatchNorm(RunningStatsBatchNorm):
         are taken to have long forgotten their start: ``num_batches_tracked`` says so.
         """
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        if not self.debias or mean is None or var is None or counter is None or counter.is_meta:
+        if not self.debias or mean is None or var is None or counter is None:
+            return
+        if any(x.is_meta for x in (mean, var, counter)):  # part of a checkpoint was assigned
             return
         if self.momentum and counter == 0 and (mean.any() or (var != 1).any()):
             # So many that the debiased weight equals momentum to float32 rounding.

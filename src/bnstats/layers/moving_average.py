@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bnstats.accumulators import per_batch
-from bnstats.accumulators.exponential import averaging
 from bnstats.errors import InvalidValueError
-from bnstats.layers.about_zero import about_zero, check_dtype
-from bnstats.layers.base import check_count, check_number, count_
-from bnstats.layers.windowed import WindowedBatchNorm
-from bnstats.layers.windows import Scale, Schedule, take_step
-from bnstats.moments import Weights
+from bnstats.layers.arguments import check_integer, check_number
+from bnstats.layers.moving_average_gradient import NormalizeAboutZero, check_dtype
+from bnstats.layers.moving_average_state import MovingAverageState
+from bnstats.layers.moving_average_step import Options, take_step
 
 
-class MovingAverageBatchNorm(WindowedBatchNorm):
+class MovingAverageBatchNorm(MovingAverageState):
     r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, for batches of few values.
 
     Four statistics of a batch take part in batch normalization: mean and variance in the
@@ -125,41 +122,34 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         window: int = 16,
         warmup: int = 100,
         renorm_warmup: int = 1000,
         max_ratio: float = 5.0,
     ) -> None:
         name = type(self).__name__
-        check_count(name, "window", window, 1)
-        check_count(name, "warmup", warmup, 0)
-        check_count(name, "renorm_warmup", renorm_warmup, 0)
+        check_integer(name, "window", window, 1)
+        check_integer(name, "warmup", warmup, 0)
+        check_integer(name, "renorm_warmup", renorm_warmup, 0)
         _check_max_ratio(name, max_ratio)
         if not track_running_stats:
             raise InvalidValueError(
                 f"{name}: track_running_stats: expected True, got {track_running_stats}: the "
                 "windows are running statistics; nn.BatchNorm can do without"
             )
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
         self.window = int(window)
         self.warmup = int(warmup)
         self.renorm_warmup = int(renorm_warmup)
         self.max_ratio = float(max_ratio)
-        self._register_windows(window)
+        self._register_ring_buffers(self.window)
 
     def last_normalization(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and ratio r of the latest forward that counted, each (C,)."""
-        step = self.num_steps_tracked
-        slot = (step % self.window).view(1)
+        slot = (self.num_steps_tracked % self.window).view(1)
         var, ratio = self.window_scales.index_select(0, slot).squeeze(0).unbind()
-        ratio = torch.where(step > max(self.renorm_warmup, self.warmup), ratio, 1)
         return torch.zeros_like(var), var, ratio
-
-    def _weigh(self, batch_values: int, counted: Tensor | int) -> Weights:  # noqa: ARG002
-        num_batches = count_(self._buffers["num_batches_tracked"], 1, counted)
-        if self.momentum is None:
-            return per_batch(num_batches)
-        return averaging(self.momentum, pooled=False)
 
     def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
         running_var = self._buffers["running_var"]
@@ -169,33 +159,23 @@ class MovingAverageBatchNorm(WindowedBatchNorm):
         if input.numel() == 0:
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
-        windows = self._windows()
-        wide = windows.mean_squares.dtype
+        wide = self.window_mean_squares.dtype
         check_dtype(input, wide)  # not left to torch: the state moves before it looks
         # What is wide already is not asked to be: that costs microseconds.
         if weight is not None and weight.dtype != wide:
             weight = weight.to(wide)
         if bias is not None and bias.dtype != wide:
             bias = bias.to(wide)
-        schedule = Schedule(self.eps, self.warmup, self.renorm_warmup, self.max_ratio)
-        scale = take_step(windows, running_var, input, schedule)
-        self._follow(running_var, scale, input.numel() // self.num_features)
-        return about_zero(input, weight, bias, scale, windows, schedule)
-
-    def _follow(self, running_var: Tensor, scale: Scale, batch_values: int) -> None:
-        """Take the core's step about zero, where no means take part, and count the batch."""
-        var, counted = scale.var, scale.counted
-        if isinstance(counted, Tensor):
-            before = running_var.to(var.dtype)
-            weights = self._weigh(batch_values, (counted > 0).long())
-            after = weights.keep * before + weights.gain * var
-            running_var.copy_(torch.where(counted > 0, after, before))
-        elif counted:
-            gain = self._weigh(batch_values, 1).gain
-            if running_var.dtype == var.dtype:
-                running_var.lerp_(var, gain)
-            else:
-                running_var.copy_(running_var.to(var.dtype).lerp(var, gain))
+        schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
+        options = Options(self.eps, self.momentum, *schedule)
+        var, ratio, step = take_step(self._step_state(), input, options)
+        factor = ratio if weight is None else weight * ratio
+        gradients = (self.window_gradients, self.window_gradient_steps)
+        # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
+        output: Tensor = NormalizeAboutZero.apply(  # type: ignore[no-untyped-call]
+            input, factor, bias, var, step, *gradients, self.eps, self.warmup
+        )
+        return output
 
     def extra_repr(self) -> str:
         """Say the options that ``nn.BatchNorm`` has not."""

@@ -1,4 +1,4 @@
-"""Operators of our own: what torch.compile is not to trace, and takes as it is."""
+"""Operators of our own: what torch.compile, transforms and dispatch modes take as it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnstats.private import in_backward_pass
+from bnstats.private import in_backward_pass, intercepted
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
@@ -25,7 +25,7 @@ def register(
 
     Args:
         name: of the operator.
-        function: what it does, with annotations.
+        function: what it does, with annotations; returns a tensor or a tuple of them.
         shapes: returns empty tensors like those that the function returns.
         mutates: names of the arguments that the function writes to.
     """
@@ -35,13 +35,51 @@ def register(
         torch.library.define(full_name, schema, tags=_TAGS)
         torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, shapes)
+        torch.library.register_vmap(full_name, _one_by_one(name))
     operator: Callable[..., Any] = getattr(torch.ops.bnstats, name)
     return operator
 
 
+def opaque(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the operator where something sees each operator of torch's, else its function.
+
+    An export keeps torch's operators, so that it runs where bnstats is not.
+    """
+    if torch.compiler.is_compiling():
+        return function if is_exporting() else operator
+    return operator if intercepted() else function
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces this."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # not in torch 2.6
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """Return the rule for torch.vmap: the members of a batch in a loop, which write in place."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def member(index: int) -> Any:
+            operator = getattr(torch.ops.bnstats, name)  # which another vmap may be around
+            return operator(
+                *(
+                    arg if dim is None else arg.select(dim, index)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+
+        results = [member(index) for index in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return rule
+
+
 def _counts(largest: Tensor) -> Tensor:
     """Whether a batch counts: it is finite, and no checkpoint runs its forward again."""
-    return torch.zeros_like(largest).bool() if in_backward_pass() else largest.isfinite()
+    return torch.zeros_like(largest).bool() if in_backward_pass() else largest < torch.inf
 
 
 counts = register("counts", _counts, lambda largest: torch.empty_like(largest, dtype=torch.bool))

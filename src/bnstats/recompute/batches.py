@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,37 @@ class Reader:
             for batch in islice(self._loader, self._max_batches):
                 yield move_to(batch, self._device)
                 bar.update()
+
+
+class BatchCounts(NamedTuple):
+    """How many batches were read; over all processes, once their counts are summed.
+
+    Attributes:
+        num_read: batches read.
+        num_skipped: of these, left out because their statistics were not finite.
+        length: batches that there are; NaN where a loader does not say.
+        num_exhausted: processes that have no more.
+    """
+
+    num_read: float
+    num_skipped: float
+    length: float
+    num_exhausted: float
+
+    @classmethod
+    def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
+        """Return what one process has read."""
+        length = math.nan if reader.length is None else reader.length
+        return cls(reader.num_read, num_skipped, length, reader.exhausted)
+
+    @property
+    def fraction(self) -> float:
+        """Which part of a finite population was sampled; 0 where that is not known.
+
+        All of it is no sample: what standard errors still speak of then is whatever the
+        population itself was drawn from.
+        """
+        return self.num_read / self.length if self.num_read < self.length else 0
 
 
 _NO_MORE = object()

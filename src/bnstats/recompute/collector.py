@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bnstats.errors import NonFiniteStatisticsError
 from bnstats.moments import Moments
-from bnstats.recompute.batches import Reader
+from bnstats.recompute.batches import BatchCounts, Reader
 from bnstats.recompute.estimators import Estimate, Estimator
 from bnstats.recompute.layer_stats import with_eps
 from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import population_stats
-from bnstats.recompute.task import BatchCounts, Task
+from bnstats.recompute.task import Task
 
 FIRST_CHECK = 8
 """Batches before the errors are first checked: the spread of fewer says little of them."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
-from bnstats.accumulators.exponential import averaging
 from bnstats.moments import Moments, Number, Weights, fold
 from bnstats.recompute.spread import Spread
 
@@ -128,7 +127,7 @@ class Averaged:
     Args:
         correction: of shape (C,), subtracted from the count in each batch variance's divisor.
         like: any float tensor of shape (C,), for its shape, dtype and device.
-        policy: from the number of batches, the new one included, to its weights.
+        policy: from the number of batches before a new one to its weights.
     """
 
     def __init__(
@@ -145,8 +144,8 @@ class Averaged:
         """Average the batch in."""
         with_mean, with_var = batch.count > 0, batch.count > self._correction
         var = torch.where(with_var, batch.var(self._correction), 0)
-        for_mean = self._policy(self._of_means.num_batches + 1)
-        for_var = self._policy(self._of_vars.num_batches + 1)
+        for_mean = self._policy(self._of_means.num_batches).size
+        for_var = self._policy(self._of_vars.num_batches).size
         self._fold(batch.mean, var, for_mean, for_var, with_mean, with_var)
         self._count = self._count + batch.count
         offset = self._of_means.offset(batch)
@@ -169,7 +168,7 @@ class Averaged:
         of_means, of_vars = state[5:].chunk(2)
         with_mean, with_var = of_means[0] > 0, of_vars[0] > 0
         for_mean, for_var = (
-            averaging(theirs[0] / (mine.num_batches + theirs[0]).clamp(min=1), pooled=False)
+            (mine.num_batches + theirs[0]) / theirs[0]
             for mine, theirs in ((self._of_means, of_means), (self._of_vars, of_vars))
         )
         self._fold(mean, var, for_mean, for_var, with_mean, with_var, mean_squares, var_squares)
@@ -181,21 +180,20 @@ class Averaged:
         self,
         mean: Tensor,
         var: Tensor,
-        for_mean: Weights,
-        for_var: Weights,
+        for_mean: Number,
+        for_var: Number,
         with_mean: Tensor,
         with_var: Tensor,
         mean_squares: Number = 1.0,
         var_squares: Number = 1.0,
     ) -> None:
-        """Take a mean and a variance in, each by weights of its own and where there is one."""
-        both = Weights(step=for_mean.step, keep=for_var.keep, gain=for_var.gain, between=0)
-        new_mean, new_var = fold(self._mean, self._var, mean, var, both)
+        """Take a mean and a variance in, each of a size of its own and where there is one."""
+        new_mean, new_var = fold(self._mean, self._var, mean, var, Weights(for_mean, for_var))
         self._mean = torch.where(with_mean, new_mean, self._mean)
         self._var = torch.where(with_var, new_var, self._var)
-        squares = for_mean.keep**2 * self._mean_squares + for_mean.gain**2 * mean_squares
+        squares = (1 - 1 / for_mean) ** 2 * self._mean_squares + mean_squares / for_mean**2
         self._mean_squares = torch.where(with_mean, squares, self._mean_squares)
-        squares = for_var.keep**2 * self._var_squares + for_var.gain**2 * var_squares
+        squares = (1 - 1 / for_var) ** 2 * self._var_squares + var_squares / for_var**2
         self._var_squares = torch.where(with_var, squares, self._var_squares)
 
     def estimate(self, fraction: float = 0) -> Estimate:
@@ -235,6 +233,6 @@ def moving_average(correction: Tensor, like: Tensor) -> Averaged:
     """Return the estimator of ``"ema"``."""
 
     def policy(num_batches: Tensor) -> Weights:
-        return exponential(num_batches, EMA_MOMENTUM, debias=True, pooled=False)
+        return exponential(num_batches, EMA_MOMENTUM, pooled=False)
 
     return Averaged(correction, like, policy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,25 +12,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
-from bnstats.recompute.batches import DefaultForward, Forward, default_device
+from bnstats.recompute.batches import Forward
 from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
 from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
-from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import (
-    Method,
-    Options,
-    Task,
-    check_loader,
-    check_mergeable,
-    check_options,
-    check_sharding,
-)
-from bnstats.traversal import ByLayer, Include, first_names, named_batchnorms, no_batchnorm, unwrap
+from bnstats.recompute.task import Method, Options, prepare
+from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
 METHODS = {
     method.name: method
@@ -249,9 +239,11 @@ def _measure(
     model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
 ) -> tuple[PopulationStats, Peers]:
     """Measure, and return with whom."""
-    peers = Peers.of(options.sync)
+    peers, method = Peers.of(options.sync), options.method
     with peers.agreement() as agreement:
-        task = interrupts.call(_prepare, model, loader, options, peers, interrupts)
+        if method not in METHODS:
+            raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
         agreement.send(task.description)
     if not task.layers:
         if task.frozen:
@@ -261,41 +253,5 @@ def _measure(
             )
         else:
             warn(no_batchnorm(task.model, options.include))
-        return PopulationStats({}, method=options.method, frozen=task.frozen), peers
+        return PopulationStats({}, method=method, frozen=task.frozen), peers
     return task.method.measure(task), peers
-
-
-def _prepare(
-    model: nn.Module,
-    loader: Iterable[Any],
-    options: Options,
-    peers: Peers,
-    interrupts: Interrupts,
-) -> Task:
-    """Check all that the caller gave."""
-    if options.method not in METHODS:
-        raise InvalidValueError(
-            f"method: expected one of {', '.join(METHODS)}, got {options.method!r}"
-        )
-    method = METHODS[options.method]
-    inner = unwrap(model)
-    check_options(method, options)
-    check_loader(loader, method)
-    check_mergeable(method, peers)
-    layers = named_batchnorms(inner, options.include)
-    frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
-    chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
-    check_sharding(inner, chosen, method)
-    forward = options.forward
-    return Task(
-        model=inner,
-        layers=chosen,
-        frozen=frozen,
-        loader=loader,
-        forward=DefaultForward(inner) if forward is None else partial(forward, inner),
-        device=default_device(inner) if options.device is None else options.device,
-        method=method,
-        options=options,
-        peers=peers,
-        interrupts=interrupts,
-    )

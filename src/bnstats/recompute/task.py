@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,12 @@ from torch.utils.data import Dataset, IterableDataset
 from bnstats.distributed import Peers, Sync, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.interrupts import Interrupts
-from bnstats.recompute.batches import Forward, Reader
+from bnstats.recompute.batches import DefaultForward, Forward, Reader, default_device
 from bnstats.recompute.estimators import Estimator
 from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
-from bnstats.traversal import Include
+from bnstats.traversal import Include, named_batchnorms, unwrap
 
 
 @dataclass(frozen=True)
@@ -164,35 +165,36 @@ def _with_index(device: torch.device | str) -> torch.device:
 _NO_MORE = object()
 
 
-class BatchCounts(NamedTuple):
-    """How many batches were read; over all processes, once their counts are summed.
-
-    Attributes:
-        num_read: batches read.
-        num_skipped: of these, left out because their statistics were not finite.
-        length: batches that there are; NaN where a loader does not say.
-        num_exhausted: processes that have no more.
-    """
-
-    num_read: float
-    num_skipped: float
-    length: float
-    num_exhausted: float
-
-    @classmethod
-    def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
-        """Return what one process has read."""
-        length = math.nan if reader.length is None else reader.length
-        return cls(reader.num_read, num_skipped, length, reader.exhausted)
-
-    @property
-    def fraction(self) -> float:
-        """Which part of a finite population was sampled; 0 where that is not known.
-
-        All of it is no sample: what standard errors still speak of then is whatever the
-        population itself was drawn from.
-        """
-        return self.num_read / self.length if self.num_read < self.length else 0
+def prepare(
+    model: nn.Module,
+    loader: Iterable[Any],
+    method: Method,
+    options: Options,
+    peers: Peers,
+    interrupts: Interrupts,
+) -> Task:
+    """Return the task that the caller means, all of it checked."""
+    inner = unwrap(model)
+    check_options(method, options)
+    check_loader(loader, method)
+    check_mergeable(method, peers)
+    layers = named_batchnorms(inner, options.include)
+    frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
+    chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
+    check_sharding(inner, chosen, method)
+    forward = options.forward
+    return Task(
+        model=inner,
+        layers=chosen,
+        frozen=frozen,
+        loader=loader,
+        forward=DefaultForward(inner) if forward is None else partial(forward, inner),
+        device=default_device(inner) if options.device is None else options.device,
+        method=method,
+        options=options,
+        peers=peers,
+        interrupts=interrupts,
+    )
 
 
 def check_options(method: Method, options: Options) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnstats.accumulators import window
+from bnstats.accumulators import ring_buffer
 
 CHANNELS = 3
 

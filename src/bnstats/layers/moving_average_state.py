@@ -1,31 +1,30 @@
-"""The windows of a layer as its buffers: reset, moved, loaded from a plain checkpoint."""
+"""The buffers of a moving-average layer: made, reset, loaded from a plain checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnstats.errors import warn
-from bnstats.layers.about_zero import HALF, far_from_zero
 from bnstats.layers.base import RunningStatsBatchNorm
-from bnstats.layers.windows import Windows
+from bnstats.layers.moving_average_step import State
 
-_WINDOWS = (
-    "window_mean_squares",
-    "window_scales",
-    "window_gradients",
-    "window_gradient_steps",
-    "num_steps_tracked",
-)
-"""The buffers of Windows, in its order."""
+_NEAR_ZERO = 1e-3
+"""Mean, in standard deviations, that a layer without a mean need not mention."""
 
 
-class WindowedBatchNorm(RunningStatsBatchNorm):
-    """BatchNorm about zero with windows, of float32 or wider, among its buffers."""
+def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
+    """Whether a layer without a mean evaluates differently from one with these statistics."""
+    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
+
+
+class MovingAverageState(RunningStatsBatchNorm):
+    """BatchNorm about zero with ring buffers, of float32 or wider, among its buffers."""
+
+    _wide_buffers = ("window_mean_squares", "window_scales", "window_gradients")
+    _ring_buffers = (*_wide_buffers, "window_gradient_steps", "num_steps_tracked")
 
     window_mean_squares: Tensor
     window_scales: Tensor
@@ -37,37 +36,37 @@ class WindowedBatchNorm(RunningStatsBatchNorm):
         """Say that running_mean is 0 and running_var is about zero."""
         return True
 
-    def _register_windows(self, length: int) -> None:
-        assert self.running_var is not None
-        wide = torch.promote_types(self.running_var.dtype, torch.float32)
-        windows = Windows.empty(length, self.running_var.to(wide))
-        for name, buffer in zip(_WINDOWS, windows, strict=True):
-            # Scales serve from a forward to its backward: no checkpoint falls in between.
-            self.register_buffer(name, buffer, persistent=name != "window_scales")
+    def _register_ring_buffers(self, length: int) -> None:
+        running_var = self.running_var
+        assert running_var is not None
+        like = running_var.to(self._wide_dtype(running_var))
+        number = like.new_zeros((), dtype=torch.int64)
+        # Scales serve from a forward to its backward: no checkpoint falls in between.
+        scales = like.new_zeros(length, 2, len(like))
+        self.register_buffer("window_mean_squares", like.new_zeros(length, len(like)))
+        self.register_buffer("window_scales", scales, persistent=False)
+        self.register_buffer("window_gradients", like.new_zeros(length, len(like)))
+        self.register_buffer("window_gradient_steps", number.repeat(length))
+        self.register_buffer("num_steps_tracked", number)
 
-    def _windows(self) -> Windows:
-        return Windows(*itemgetter(*_WINDOWS)(self._buffers))
+    def _step_state(self) -> State:
+        buffers = self._buffers
+        return State(
+            buffers["running_var"],  # type: ignore[arg-type]
+            buffers["num_batches_tracked"],
+            self.window_mean_squares,
+            self.window_scales,
+            self.window_gradient_steps,
+            self.num_steps_tracked,
+        )
 
     def reset_running_stats(self) -> None:
-        """Forget all batches: mean 0, variance 1, empty windows, counters 0."""
+        """Forget all batches: mean 0, variance 1, empty ring buffers, counters 0."""
         super().reset_running_stats()
         # nn.BatchNorm resets in its constructor, before these buffers are there.
         if hasattr(self, "num_steps_tracked"):
-            for buffer in self._windows():
-                buffer.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = self._windows()
-        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._widen(self._windows() if before.num_steps.is_meta else before)
-        return module
-
-    def _widen(self, sources: Windows) -> None:
-        """Let what became half be float32 again, from these windows."""
-        for name, source, window in zip(_WINDOWS, sources, self._windows(), strict=True):
-            # Half is too coarse to average in, and a mean square soon overflows it.
-            if window.dtype in HALF:
-                setattr(self, name, source.to(window.device, torch.float32))
+            for name in self._ring_buffers:
+                getattr(self, name).zero_()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -77,18 +76,17 @@ class WindowedBatchNorm(RunningStatsBatchNorm):
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._complete(state_dict, prefix, assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self._widen(self._windows())
         scales, loaded = self.window_scales, self.window_mean_squares
         if (scales.device, scales.dtype) != (loaded.device, loaded.dtype):  # by assign=True
             self.window_scales = loaded.new_zeros(scales.shape)
 
     def _complete(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
-        """Make a plain checkpoint one about zero, with empty windows."""
+        """Make a plain checkpoint one about zero, with empty ring buffers."""
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or mean.shape != var.shape:
             return  # torch says what is wrong
-        wide = torch.promote_types(var.dtype, torch.float32)
-        for name in _WINDOWS:
+        wide = self._wide_dtype(var)
+        for name in self._ring_buffers:
             if name not in self._non_persistent_buffers_set:
                 own = getattr(self, name)
                 dtype = wide if own.is_floating_point() else own.dtype

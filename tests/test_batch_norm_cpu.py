@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 
 import bnstats
-from bnstats.layers import fast_moments
+from bnstats.layers import batch_norm_cpu
 
 SHAPES = [(4, 64, 32, 32), (8, 8, 4096), (2, 3, 36, 36, 36)]
 
@@ -19,9 +19,9 @@ SHAPES = [(4, 64, 32, 32), (8, 8, 4096), (2, 3, 36, 36, 36)]
 def taken(monkeypatch):
     """Says how often the fast sums were."""
     calls = []
-    original = fast_moments.batch_norm
+    original = batch_norm_cpu.batch_norm
     monkeypatch.setattr(
-        fast_moments, "batch_norm", lambda *args: calls.append(1) or original(*args)
+        batch_norm_cpu, "batch_norm", lambda *args: calls.append(1) or original(*args)
     )
     return calls
 
@@ -108,15 +108,15 @@ def test_only_what_requires_a_gradient_gets_one(taken):
 def test_where_most_channels_cancel_the_kernel_of_torch_serves():
     x, weight, bias = torch.randn(SHAPES[0]), torch.ones(64), torch.zeros(64)
     x[:, :16] += 100
-    normalized = fast_moments.batch_norm(x, weight, bias, 1e-5)
+    normalized = batch_norm_cpu.batch_norm(x, weight, bias, 1e-5)
     torch.testing.assert_close(normalized.mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(normalized.var, x.double().var((0, 2, 3)).float(), rtol=1e-6, atol=0)
     x[:, 16] += 100
-    assert fast_moments.batch_norm(x, weight, bias, 1e-5) is None
+    assert batch_norm_cpu.batch_norm(x, weight, bias, 1e-5) is None
 
 
 def test_rows_without_a_divisor_are_left_to_torch():
-    assert fast_moments.batch_norm(torch.randn(8, 8, 4099), None, None, 1e-5) is None
+    assert batch_norm_cpu.batch_norm(torch.randn(8, 8, 4099), None, None, 1e-5) is None
 
 
 def test_a_batch_that_is_not_finite_changes_nothing(taken):

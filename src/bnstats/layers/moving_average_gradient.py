@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bnstats.accumulators.window import Step
+from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.layers.windows import Scale, Schedule, Windows, add_gradient
-
-HALF = (torch.float16, torch.bfloat16)
-"""What torch normalizes with float32 statistics too."""
+from bnstats.layers.base import HALF
+from bnstats.layers.operators import opaque, register
+from bnstats.private import on_host, only_reverse_mode
 
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
-
-_NEAR_ZERO = 1e-3
-"""Mean, in standard deviations, that a layer without a mean need not mention."""
-
-
-def far_from_zero(mean: Tensor, var: Tensor, eps: float) -> bool:
-    """Whether a layer without a mean evaluates differently from one with these statistics."""
-    return not mean.is_meta and bool((mean.square() > _NEAR_ZERO**2 * (var + eps)).any())
 
 
 def check_dtype(x: Tensor, wide: torch.dtype) -> None:
@@ -38,86 +30,112 @@ def check_dtype(x: Tensor, wide: torch.dtype) -> None:
         raise InvalidTypeError(f"MovingAverageBatchNorm: input: expected {expected}, got {x.dtype}")
 
 
-def about_zero(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Scale,
-    windows: Windows,
-    schedule: Schedule,
-) -> Tensor:
+class NormalizeAboutZero(torch.autograd.Function):
     """Normalize x about zero; in the backward let the window stand in for the batch's average.
 
-    With the scale's ``var`` and ``ratio`` as r, and n values per channel::
+    With n values per channel::
 
-        z = x / sqrt(var + eps);  output = weight r z + bias
-        g = weight r grad;  psi = sum(g z) / n;  Psi = mean of psi over the backward window
+        z = x / sqrt(var + eps);  output = factor z + bias
+        g = factor grad;  psi = sum(g z) / n;  Psi = mean of psi over the window of gradients
         grad_x = (g - z Psi) / sqrt(var + eps)
 
     Only x and vectors of one number per channel are kept for the backward.
     """
-    # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
-    buffers = (windows.gradients, windows.gradient_steps)
-    var, ratio, step, _ = scale
-    output: Tensor = _AboutZero.apply(  # type: ignore[no-untyped-call]
-        x, weight, bias, var, ratio, step, *buffers, schedule.eps, schedule.warmup
-    )
-    return output
 
-
-class _AboutZero(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
-        weight: Tensor | None,
+        factor: Tensor,
         bias: Tensor | None,
         var: Tensor,
-        ratio: Tensor | None,
-        step: Step,
+        step: Tensor,
         gradients: Tensor,
         gradient_steps: Tensor,
         eps: float,
         warmup: int,
     ) -> Tensor:
-        # A step that is a tensor is one of autograd's, so that torch.compile passes it on.
-        steps = (step,) if isinstance(step, Tensor) else ()
-        factor = _product(weight, ratio)
-        ctx.save_for_backward(x, factor, var, ratio, *steps)
-        ctx.step = None if steps else step
-        # Not saved but held: other forwards may write to them before this backward does.
-        ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
-        ctx.eps, ctx.warmup = eps, warmup
+        """Normalize."""
         return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Keep what the backward needs."""
+        x, factor, _, var, step, gradients, gradient_steps, ctx.eps, ctx.warmup = inputs
+        ctx.save_for_backward(x, factor, var, step)
+        # Not saved but held: other forwards may write to them before this backward does.
+        ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        """Take this backward's psi into the window, and use the window's."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and only_reverse_mode():
             raise InvalidValueError(
                 "MovingAverageBatchNorm: create_graph: expected False, got True: its gradient "
                 "is no derivative of its output, and has none itself; use evaluation mode or "
                 "nn.BatchNorm for second derivatives"
             )
-        x, factor, var, ratio, *steps = ctx.saved_tensors
-        step = steps[0] if steps else ctx.step
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        x, factor, var, step = ctx.saved_tensors
+        needs_x, needs_factor, needs_bias, *_ = ctx.needs_input_grad
         # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
         grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
 
-        count = x.numel() // x.shape[1]
-        buffers = (ctx.gradients, ctx.gradient_steps)
-        mean = add_gradient(*buffers, step, grad_z, factor, count, ctx.warmup)
+        psi = grad_z * factor / (x.numel() // x.shape[1])
+        add = opaque(_OPERATOR, _add_gradient)
+        mean = add(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
-        grad_weight = _product(grad_z, ratio) if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 7
+        return grad_x, grad_z if needs_factor else None, grad_bias if needs_bias else None, *[None] * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        """Take the members of a batch one by one: each has a window of its own."""
+        outputs = [
+            NormalizeAboutZero.apply(
+                *(
+                    arg if dim is None else arg.select(dim, index)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        return torch.stack(outputs), 0
+
+
+@np.errstate(all="ignore")  # torch does not warn of what is not finite either
+def _add_gradient(
+    gradients: Tensor, gradient_steps: Tensor, step: Tensor, psi: Tensor, warmup: int
+) -> Tensor:
+    """Take a backward's psi into the window, and return its part in the window's mean."""
+    if on_host(psi):
+        arrays = (gradients.numpy(), gradient_steps.numpy(), int(step), psi.numpy())
+        return torch.from_numpy(ring_buffer.add_on_host(*arrays, warmup))
+    ring, owners, mean = ring_buffer.add_on_device(gradients, gradient_steps, step, psi, warmup)
+    gradients.copy_(torch.where(step > 0, ring, gradients))
+    gradient_steps.copy_(torch.where(step > 0, owners, gradient_steps))
+    return mean
+
+
+def _operator(
+    gradients: Tensor, gradient_steps: Tensor, step: Tensor, psi: Tensor, warmup: int
+) -> Tensor:
+    mean = _add_gradient(gradients, gradient_steps, step, psi, warmup)
+    return mean.clone()  # for what an operator returns may be no argument of its
+
+
+def _operator_shape(gradients: Tensor, *_: object) -> Tensor:
+    return gradients.new_empty(gradients.shape[1])
+
+
+_OPERATOR = register(
+    "moving_average_gradient", _operator, _operator_shape, "gradients", "gradient_steps"
+)
 
 
 Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """Per channel ``sum(grad z)`` and ``sum(grad)``, and the function from Psi to grad_x."""
 
 
-def _anywhere(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: float) -> Fused:
+def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) -> Fused:
     """Use the backward of evaluation-mode batch norm: the sums and ``g / sqrt(var + eps)``."""
     zeros = torch.zeros_like(var)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -132,7 +150,7 @@ def _anywhere(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: 
     return grad_z, grad_bias, input_gradient
 
 
-def _on_cuda(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: float) -> Fused:
+def _on_cuda(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) -> Fused:
     """Use SyncBatchNorm's operators, which take any statistics: two passes, as one BatchNorm."""
     grad, x = _same_layout(grad, x)
     zeros, inverse = torch.zeros_like(var), (var + eps).rsqrt()
@@ -143,8 +161,7 @@ def _on_cuda(grad: Tensor, x: Tensor, factor: Tensor | None, var: Tensor, eps: f
     def input_gradient(mean: Tensor) -> Tensor:
         # The operator computes ``(grad - x inverse^2 total / count) inverse factor``. A factor
         # of 0, a weight's start in many a residual branch, would leave Psi out.
-        safe = torch.ones_like(var) if factor is None else factor
-        safe = torch.where(safe.abs() < _SMALLEST_FACTOR, _SMALLEST_FACTOR, safe)
+        safe = torch.where(factor.abs() < _SMALLEST_FACTOR, _SMALLEST_FACTOR, factor)
         count = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
             grad, x, zeros, inverse, safe, zeros, mean / (inverse * safe), count
@@ -159,10 +176,3 @@ def _same_layout(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.dim() == dims and x.is_contiguous(memory_format=layout):
             return grad.contiguous(memory_format=layout), x
     return grad.contiguous(), x.contiguous()
-
-
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Multiply; None is 1."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a * b

@@ -28,7 +28,7 @@ class Normalized(NamedTuple):
     var: Tensor
 
 
-def pays_for(x: Tensor, running_mean: Tensor) -> bool:
+def is_faster(x: Tensor, running_mean: Tensor) -> bool:
     """Whether an input is one that this is made for; all others are torch's kernel's."""
     return (
         x.numel() >= _FEWEST_VALUES

@@ -1,0 +1,42 @@
+"""Checks of what a layer's constructor is given."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+
+
+def check_integer(name: str, argument: str, value: Any, least: int) -> None:
+    """Refuse an argument that is not an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InvalidTypeError(f"{name}: {argument}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise InvalidValueError(f"{name}: {argument}: expected {least} or more, got {value}")
+
+
+def check_number(name: str, argument: str, value: Any) -> None:
+    """Refuse an argument that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
+
+
+def check_eps(name: str, eps: float) -> None:
+    """Refuse an eps that leaves a constant channel's variance 0."""
+    check_number(name, "eps", eps)
+    if not 0 < eps < math.inf:
+        raise InvalidValueError(f"{name}: eps: expected a positive number, got {eps}")
+
+
+def check_momentum(name: str, momentum: float | None) -> None:
+    """Refuse a momentum that is no weight."""
+    if momentum is None:
+        return
+    check_number(name, "momentum", momentum)
+    if not 0 <= momentum <= 1:
+        raise InvalidValueError(
+            f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "
+            f"(PyTorch's convention), got {momentum}"
+        )

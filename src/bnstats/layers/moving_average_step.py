@@ -1,0 +1,259 @@
+"""One training forward of a moving-average layer: from state and batch to what normalizes it.
+
+:func:`_advance` is the step, a pure function. :func:`take_step` decides whether it counts, and
+writes it. The host has a faster version of both in numbers and numpy's arrays, whose small
+operations cost a third of torch's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bnstats.accumulators import ring_buffer
+from bnstats.errors import InvalidValueError
+from bnstats.layers.operators import opaque, register
+from bnstats.private import in_backward_pass, on_host
+from bnstats.reduction import mean_square, mean_square_on_host
+
+_SAME_BATCH = 0.01
+"""Relative distance up to which two mean squares can be one batch's, computed twice. On most
+devices they are equal to the bit; some kernels add up in an order that varies."""
+
+
+class Options(NamedTuple):
+    """The layer's options that a step goes by."""
+
+    eps: float
+    momentum: float | None
+    warmup: int
+    renorm_warmup: int
+    max_ratio: float
+
+    def size(self, num_batches: int | Tensor) -> float | Tensor:
+        """Return 1 over the weight of the batch after so many others in running_var."""
+        return num_batches + 1 if self.momentum is None else 1 / max(self.momentum, 1e-30)
+
+    @property
+    def renorm_after(self) -> int:
+        """The last step that does not renormalize."""
+        return max(self.renorm_warmup, self.warmup)
+
+
+class State(NamedTuple):
+    """The buffers that a step moves, for a window of m steps and C channels.
+
+    Attributes:
+        running_var: of shape (C,), about zero.
+        num_batches: of shape (), or None.
+        mean_squares: of shape (m, C), the mean square of each step's input.
+        scales: of shape (m, 2, C), the variance and the ratio that each step normalized with.
+        gradient_steps: of shape (m,), the step whose backward came last to each slot.
+        num_steps: of shape (), the steps so far.
+    """
+
+    running_var: Tensor
+    num_batches: Tensor | None
+    mean_squares: Tensor
+    scales: Tensor
+    gradient_steps: Tensor
+    num_steps: Tensor
+
+
+class Scale(NamedTuple):
+    """What a training forward normalizes with.
+
+    Attributes:
+        var: of shape (C,).
+        ratio: of shape (C,).
+        step: of shape (), the forward's step: 0 for a batch that is not finite, negative for
+            one that belongs there and moves nothing.
+    """
+
+    var: Tensor
+    ratio: Tensor
+    step: Tensor
+
+
+def take_step(state: State, x: Tensor, options: Options) -> Scale:
+    """Take a batch in, and return what it is normalized with.
+
+    A batch that is not finite, or would make the state so, is normalized by itself and does not
+    count. With momentum 0 nothing moves. A forward that runs inside a backward pass is one that
+    activation checkpointing runs again: it gets what it got the first time, and moves nothing.
+    """
+    step = opaque(_OPERATOR, _take_step)
+    if step is _take_step:
+        return _take_step(state, x.detach(), options)
+    return Scale(*step(*state, x.detach(), *options))
+
+
+def _take_step(state: State, x: Tensor, options: Options) -> Scale:
+    moves = options.momentum != 0
+    again = moves and in_backward_pass()
+    if on_host(x) and not again:
+        return _take_step_on_host(state, x, options)
+    chi = mean_square(x).to(state.mean_squares.dtype)
+    if again:
+        return _recall(state, chi)
+    new, scale = _advance(state, chi, options)
+    running = new.running_var.to(state.running_var.dtype)
+    counted = torch.maximum(chi.max(), running.max()) < torch.inf
+    if moves:
+        for buffer, value in zip(state, new, strict=True):
+            if buffer is not None and value is not buffer:
+                buffer.copy_(torch.where(counted, value, buffer))
+    var, ratio, step = scale
+    var = torch.where(counted, var, chi)
+    return Scale(var, torch.where(counted, ratio, 1), torch.where(counted, step, 0))
+
+
+def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]:
+    """Return the state after a batch of these mean squares, and what normalizes it."""
+    length, eps = len(state.mean_squares), options.eps
+    step = state.num_steps + 1
+    slot = torch.arange(length, device=chi.device) == step % length
+    ring = torch.where(slot[:, None], chi, state.mean_squares)
+    var = torch.where(ring_buffer.is_warm(step, length, options.warmup), ring.mean(0), chi)
+    running_var = state.running_var.to(chi.dtype)
+    ratio = ((var + eps) / (running_var + eps)).sqrt_()
+    ratio = ratio.clamp_(1 / options.max_ratio, options.max_ratio)
+    ratio = torch.where(step > options.renorm_after, ratio, 1)
+    num_batches = state.num_batches
+    size = options.size(torch.inf if num_batches is None else num_batches)
+    following = running_var + (var - running_var) / size
+    replaces = size == 1
+    if isinstance(replaces, Tensor):
+        following = torch.where(replaces, var, following)
+    new = state._replace(
+        running_var=var if replaces is True else following,
+        num_batches=None if num_batches is None else num_batches + 1,
+        mean_squares=ring,
+        scales=torch.where(slot[:, None, None], torch.stack((var, ratio)), state.scales),
+        num_steps=step,
+    )
+    return new, Scale(var, ratio, step if options.momentum != 0 else -step)
+
+
+@np.errstate(all="ignore")  # torch does not warn of what is not finite either
+def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
+    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.momentum != 0
+    chi = mean_square_on_host(x).astype(ring.dtype)
+    if not math.isfinite(chi.sum()):
+        return _itself(state, chi)
+    length, step = len(ring), int(state.num_steps) + 1
+    slot = step % length
+    if not moves:
+        ring, scales = ring.copy(), scales.copy()
+    before, ring[slot] = ring[slot].copy(), chi
+    # A mean takes twice as long as a sum.
+    var = ring.sum(0) / length if ring_buffer.is_warm(step, length, options.warmup) else chi
+    ratio = np.ones_like(var)
+    if step > options.renorm_after:
+        running_var = state.running_var.to(state.scales.dtype).numpy()
+        ratio = np.sqrt((var + options.eps) / (running_var + options.eps))
+        ratio = np.minimum(np.maximum(ratio, 1 / options.max_ratio), options.max_ratio)
+    scales[slot, 0], scales[slot, 1] = var, ratio
+    scale = Scale(torch.from_numpy(var), torch.from_numpy(ratio), state.num_steps + 1)
+    if not moves:
+        return scale._replace(step=-scale.step)
+    if not _follow_on_host(state, scale.var, options):
+        ring[slot] = before
+        return _itself(state, chi)
+    state.num_steps.copy_(scale.step)
+    return scale
+
+
+def _itself(state: State, chi: NDArray[Any]) -> Scale:
+    """Return what normalizes a batch that does not count."""
+    var = torch.from_numpy(chi)
+    return Scale(var, torch.ones_like(var), torch.zeros_like(state.num_steps))
+
+
+def _follow_on_host(state: State, var: Tensor, options: Options) -> bool:
+    """Move running_var, and count the batch; return False where half cannot hold what comes."""
+    running_var, num_batches = state.running_var, state.num_batches
+    count = math.inf if num_batches is None else int(num_batches)
+    weight = 1 / options.size(count)
+    if weight == 1:
+        following = var
+    elif running_var.dtype == var.dtype:
+        following = running_var.lerp_(var, weight)
+    else:
+        following = running_var.to(var.dtype).lerp(var, weight)
+    if following is not running_var:
+        rounded = following.to(running_var.dtype)
+        if not math.isfinite(rounded.max()):
+            return False
+        running_var.copy_(rounded)
+    if num_batches is not None:
+        num_batches.fill_(count + 1)
+    return True
+
+
+def _recall(state: State, chi: Tensor) -> Scale:
+    """Find the step that is run again, by its mean square; nothing else tells it apart.
+
+    Where batches are alike it is the latest whose backward has not run yet.
+    """
+    length, norm = len(state.mean_squares), torch.linalg.vector_norm
+    steps = ring_buffer.latest_steps(state.num_steps, length)
+    distance = torch.where(steps > 0, norm(state.mean_squares - chi, dim=1), torch.inf)
+    nearest = distance.min()
+    preference = steps + length * (state.gradient_steps != steps)
+    slot = torch.where(distance == nearest, preference, 0).argmax().view(1)
+    found, finite = nearest <= _SAME_BATCH * norm(chi), chi.sum().isfinite()
+    if on_host(chi) and finite and not found:
+        raise InvalidValueError(
+            "MovingAverageBatchNorm: a training forward inside a backward pass is taken for one "
+            "that activation checkpointing runs again, but none of the last "
+            f"{length} had this input: expected at most window={length} training forwards between "
+            "a forward and its backward; choose a larger window, or run backward sooner"
+        )
+    var, ratio = state.scales.index_select(0, slot).squeeze(0).unbind()
+    var = torch.where(found, var, torch.nan)  # where the host cannot raise, NaN shows it
+    step = steps.index_select(0, slot).squeeze(0)
+    return Scale(
+        torch.where(finite, var, chi),
+        torch.where(finite, ratio, 1),
+        torch.where(finite, step, 0),
+    )
+
+
+def _operator(
+    running_var: Tensor,
+    num_batches: Tensor | None,
+    mean_squares: Tensor,
+    scales: Tensor,
+    gradient_steps: Tensor,
+    num_steps: Tensor,
+    x: Tensor,
+    eps: float,
+    momentum: float | None,
+    warmup: int,
+    renorm_warmup: int,
+    max_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    state = State(running_var, num_batches, mean_squares, scales, gradient_steps, num_steps)
+    options = Options(eps, momentum, warmup, renorm_warmup, max_ratio)
+    return tuple(_take_step(state, x, options))
+
+
+def _operator_shapes(
+    running_var: Tensor, num_batches: Tensor | None, mean_squares: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    vector = mean_squares.new_empty(mean_squares.shape[1])
+    return vector, torch.empty_like(vector), vector.new_empty((), dtype=torch.int64)
+
+
+_OPERATOR = register(
+    "moving_average_step",
+    _operator,
+    _operator_shapes,
+    *("running_var", "num_batches", "mean_squares", "scales", "num_steps"),
+)
