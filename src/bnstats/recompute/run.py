@@ -80,6 +80,7 @@ def recompute_population_stats(
       batches. The forward must not keep anything on the model from one layer to the next, nor
       hold a lock, as other batches run in between. A layer that only some batches reach is
       completed with those, once no batch can go on otherwise.
+      A sharded model (``fully_shard``) is refused: its forwards wait for other processes.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as there is nothing more to be seen: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
@@ -118,7 +119,8 @@ def recompute_population_stats(
             it is not finite: earlier ones have counted it).
         sync: with whom to merge by torch.distributed: a process group, all processes (True),
             nobody (False), or all if there are several (None). Every process ends with the
-            same bits, whatever the numbers of batches; one that fails makes all fail, before
+            same bits, whatever the numbers of batches (but for a sharded model, whose forwards
+            wait for each other: uneven numbers are an error); one that fails makes all fail, before
             the first batch or while it writes included. One collective, or one for each layer,
             sweep, or check of the tolerance; a small one before, by which the processes find
             that they measure the same layers in the same way, and one after writing.
