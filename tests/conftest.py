@@ -42,3 +42,19 @@ def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def substitute_module():
+    from substitute import substitute
+
+    try:
+        substitute.register()
+    except (RuntimeError, OSError, ImportError) as error:
+        pytest.skip(f"needs a C++ compiler and ninja: {error}")
+    return substitute
+
+
+@pytest.fixture
+def substitute(substitute_module):
+    return torch.device("substitute:0")

@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
-from bnstats.errors import InvalidValueError, NonFiniteStatisticsError, PeerError
+from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
 
 METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
 
@@ -111,6 +114,99 @@ def one_raises_and_all_do(method, error):
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key])
         assert all(module.training for module in model.modules())
+
+    return scenario
+
+
+class RaisingLength:
+    def __iter__(self):
+        return iter(())
+
+    def __len__(self):
+        raise OSError("the disk")
+
+
+def _other_layers():
+    return nn.Sequential(network()[:5], nn.Flatten())
+
+
+# What one process does otherwise than the others; the error there, and what the others are told.
+BEFORE_THE_FIRST_BATCH = {
+    "a length that raises": ({"loader": RaisingLength()}, OSError, "rank 1"),
+    "an iterator": ({"loader": iter(()), "method": "sweeps"}, InvalidValueError, "read once"),
+    "a lazy layer": (
+        {"model": nn.Sequential(nn.LazyBatchNorm1d(), network())},
+        InvalidTypeError,
+        "InvalidTypeError: layer '0' .* is lazy",
+    ),
+    "no model": ({"model": print}, InvalidTypeError, "expected a torch.nn.Module"),
+    "an option": ({"max_batches": 0}, InvalidValueError, "max_batches"),
+}
+DIFFERENT = {
+    "layers": {"model": _other_layers()},
+    "method": {"method": "batch_average"},
+    "tolerance": {"tolerance": 0.1},
+    "correction": {"correction": 0},
+    "on_nonfinite": {"on_nonfinite": "skip"},
+    "dtypes": {"model": network().half()},
+    "no layers": {"model": nn.Linear(2, 2)},
+}
+
+
+def _recompute(world, rank, model=None, loader=None, **options):
+    model = network() if model is None else model
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    lazy = (nn.UninitializedParameter, nn.UninitializedBuffer)
+    before = {key: value.clone() for key, value in state.items() if not isinstance(value, lazy)}
+    loader = shards(world + 1)[rank] if loader is None else loader
+    try:
+        bnstats.recompute_population_stats(model, loader, **options)
+    finally:
+        for key, value in before.items():
+            assert torch.equal(model.state_dict()[key], value)
+
+
+def failing_before_the_first_batch(what):
+    def scenario(rank, world):
+        different, error, says = BEFORE_THE_FIRST_BATCH[what]
+        method = different.get("method", "pooled")
+        if rank == 1:
+            raises(error, lambda: _recompute(world, rank, **different))
+        else:
+            raises(PeerError, lambda: _recompute(world, rank, method=method), says)
+
+    return scenario
+
+
+def measuring_different_things(what):
+    def scenario(rank, world):
+        different = DIFFERENT[what] if rank == 1 else {}
+        raises(
+            InvalidValueError, lambda: _recompute(world, rank, **different), "not measure the same"
+        )
+
+    return scenario
+
+
+def failing_while_it_writes(method):
+    def scenario(rank, world):
+        class Unwritable(torch.Tensor):
+            written = 0
+
+            def copy_(self, *args):
+                type(self).written += 1
+                if self.written == 1:
+                    raise OSError("the disk")
+                return super().copy_(*args)
+
+        model = network()
+        if rank == 1:
+            model[4].running_var = model[4].running_var.as_subclass(Unwritable)
+        raises(
+            OSError if rank == 1 else PeerError,
+            lambda: _recompute(world, rank, model, method=method),
+            "the disk" if rank == 1 else "rank 1",
+        )
 
     return scenario
 
@@ -225,7 +321,70 @@ def processes_may_go_different_ways(method):
     return scenario
 
 
+def sharded(world):
+    model, mesh = network(), init_device_mesh("cpu", (world,))
+    for module in (model[0], model[3], model[6], model):
+        fully_shard(module, mesh=mesh)
+    return model
+
+
+def even_shards(world):
+    generator = torch.Generator().manual_seed(4)
+    return [[torch.randn(6, 2, 8, 8, generator=generator) for _ in range(3)] for _ in range(world)]
+
+
+def fully_sharded_models_are_measured(method):
+    def scenario(rank, world):
+        model, parts = sharded(world), even_shards(world)
+        stats = bnstats.recompute_population_stats(model, parts[rank], method=method).after
+        everything = [batch for part in parts for batch in part]
+        alone = bnstats.measure_population_stats(network(), everything, method=method, sync=False)
+        for name in alone:
+            torch.testing.assert_close(stats[name].mean, alone[name].mean, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(stats[name].var, alone[name].var, rtol=1e-4, atol=1e-6)
+        model.train()(parts[rank][0]).sum().backward()
+        assert all(isinstance(p.grad, DTensor) for p in model.parameters())
+        return [vars(s) for s in stats.values()]
+
+    return scenario
+
+
+def fully_sharded_models_are_refused_by_layerwise(rank, world):
+    def run():
+        bnstats.measure_population_stats(sharded(world), even_shards(world)[0], method="layerwise")
+
+    raises(InvalidValueError, run, r"sharded model \(fully_shard.*use method=.sweeps")
+
+
+def uneven_shares_of_a_sharded_model_are_an_error_on_all(method):
+    def scenario(rank, world):
+        batches = even_shards(world)[rank][: 3 if rank else 2]
+
+        def run():
+            bnstats.recompute_population_stats(sharded(world), batches, method=method)
+
+        raises(InvalidValueError, run, "rank 0 has no batch left .* same number of batches")
+
+    return scenario
+
+
+def statistics_in_dtensors_are_refused(rank, world):
+    def run():
+        model = distribute_module(nn.BatchNorm1d(3), init_device_mesh("cpu", (world,)))
+        bnstats.measure_population_stats(model, [torch.randn(4, 3)])
+
+    raises(InvalidTypeError, run, "layer '' keeps its running statistics in DTensors")
+
+
 SCENARIOS = {
+    **{
+        f"{scenario.__name__}[{m}]": scenario(m)
+        for scenario in (
+            fully_sharded_models_are_measured,
+            uneven_shares_of_a_sharded_model_are_an_error_on_all,
+        )
+        for m in ("pooled", "batch_average", "sweeps")
+    },
     **{f"same_as_one_process[{m}]": same_as_one_process(m) for m in METHODS},
     **{f"tolerance_is_decided_together[{m}]": tolerance_is_decided_together(m) for m in METHODS},
     **{
@@ -233,6 +392,15 @@ SCENARIOS = {
         for m in METHODS
         for e in (OSError, KeyboardInterrupt)
     },
+    **{
+        f"failing_before_the_first_batch[{what}]": failing_before_the_first_batch(what)
+        for what in BEFORE_THE_FIRST_BATCH
+    },
+    **{
+        f"measuring_different_things[{what}]": measuring_different_things(what)
+        for what in DIFFERENT
+    },
+    **{f"failing_while_it_writes[{m}]": failing_while_it_writes(m) for m in METHODS},
     **{f"bad_batches_are_everybodys[{m}]": bad_batches_are_everybodys(m) for m in METHODS},
     **{
         f"processes_may_go_different_ways[{m}]": processes_may_go_different_ways(m)
@@ -247,6 +415,8 @@ SCENARIOS = {
             a_group_is_merged_and_no_other,
             moving_averages_do_not_merge,
             there_is_one_collective,
+            fully_sharded_models_are_refused_by_layerwise,
+            statistics_in_dtensors_are_refused,
         )
     },
 }

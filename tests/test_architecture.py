@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "private"},
     {"reduction"},
     {"moments"},
-    {"accumulators", "traversal", "distributed"},
+    {"accumulators", "traversal", "distributed", "interrupts"},
     {"layers"},
     {"convert", "recompute"},
     {"diagnose"},
@@ -42,8 +42,9 @@ def imports(path):
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bnstats"):
             for alias in node.names:
-                inside = node.module == "bnstats" and (ROOT / alias.name).with_suffix("").exists()
-                yield f"bnstats.{alias.name}" if inside else node.module
+                module = ROOT.joinpath(*node.module.split(".")[1:], alias.name)
+                is_module = module.is_dir() or module.with_suffix(".py").exists()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
         elif isinstance(node, ast.Import):
             yield from (a.name for a in node.names if a.name.split(".")[0] == "bnstats")
 
@@ -55,6 +56,22 @@ def test_imports_go_strictly_down(path):
         theirs = part(imported)
         assert theirs == mine or floor(theirs) < floor(mine), f"{path} imports {imported}"
         assert (mine, theirs) != ("recompute", "layers"), "recompute serves any BatchNorm"
+
+
+def test_no_module_of_recompute_imports_itself_through_others():
+    graph = {module_name(path): set(imports(path)) for path in MODULES}
+    # A package's own __init__ collects what is in it.
+    inside = {name: {x for x in found if x in graph} for name, found in graph.items()}
+
+    def visit(name, above):
+        assert name not in above, " -> ".join([*above, name])
+        for imported in inside[name]:
+            if not name.startswith(f"{imported}."):
+                visit(imported, [*above, name])
+
+    for name in inside:
+        if name.startswith("bnstats.recompute."):
+            visit(name, [])
 
 
 def test_every_module_has_a_floor():

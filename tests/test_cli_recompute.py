@@ -137,18 +137,32 @@ def test_no_file_is_replaced_by_accident(here, capsys):
     assert recompute("--overwrite") == 0
 
 
+def test_outputs_that_are_links_are_written_through(here):
+    save()
+    (here / "store").mkdir()
+    for name in ("out.pt", "stats.npz"):
+        (here / "store" / name).write_text("before")
+        (here / name).symlink_to(f"store/{name}")
+    assert recompute("--overwrite", "--stats", "stats.npz", "--no-progress") == 0
+    assert (here / "out.pt").is_symlink()
+    assert (here / "stats.npz").is_symlink()
+    assert "1.running_mean" in torch.load(here / "store" / "out.pt")
+    assert "1" in bnstats.PopulationStats.load(here / "store" / "stats.npz")
+    assert sorted(os.listdir(here / "store")) == ["out.pt", "stats.npz"]
+
+
 def test_a_write_that_fails_leaves_nothing_half_done(here, monkeypatch):
     save()
     (here / "out.pt").write_text("whole")
 
-    def fail(_, path):
-        path.write_text("half")
+    def fail(_, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fail)
     assert recompute("--overwrite") == 1
     assert (here / "out.pt").read_text() == "whole"
-    assert not [*here.glob("*.part")]
+    assert sorted(path.name for path in here.glob("*.p*")) == ["in.pt", "job.py", "out.pt"]
 
 
 def test_a_checkpoint_runs_no_code(here, capsys):
@@ -239,6 +253,18 @@ def test_compare_names_the_layers_that_differ(capsys):
     ):
         assert main(["compare", *arguments]) == 1
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("here")
+def test_compare_names_a_damaged_file(here, capsys):
+    save()
+    recompute("--stats", "stats.npz", "--no-progress")
+    whole = (here / "stats.npz").read_bytes()
+    for content in (whole[:-100], whole[:500], whole[:-20] + bytes(20)):
+        (here / "cut.npz").write_bytes(content)
+        capsys.readouterr()
+        assert main(["compare", "cut.npz", "stats.npz"]) == 1
+        assert "cut.npz: expected" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("here")

@@ -231,6 +231,22 @@ def test_drift_shows_the_worst_layers_first_and_no_more_than_asked():
         assert [t.get_text() for t in shifts.get_yticklabels()] == names
         np.testing.assert_allclose(shifts.get_lines()[0].get_xdata(), result.drift["4"].mean_shift)
         assert ratios.get_xscale() == "log"
+        assert "eps" in shifts.get_xlabel()
+        assert "eps" in ratios.get_xlabel()
+
+
+def test_drift_shows_how_many_channels_are_dead():
+    x = torch.randn(40, 3)
+    for dead, says in ((2, "2 dead channels"), (1, "1 dead channel")):
+        x[:, :dead] = 0
+        result = bnstats.recompute_population_stats(nn.BatchNorm1d(3), x.split(8))
+        figure = bnstats.plot_drift(result)
+        assert figure.get_suptitle().endswith(says)
+        x = torch.randn(40, 3)
+        for axes in figure.axes:
+            assert all(np.isfinite(line.get_xdata()).all() for line in axes.lines)
+    result = bnstats.recompute_population_stats(nn.BatchNorm1d(3), x.split(8))
+    assert "dead" not in bnstats.plot_drift(result).get_suptitle()
 
 
 def test_what_cannot_be_drawn_says_why(monkeypatch):
@@ -269,6 +285,23 @@ def test_the_estimated_error_of_a_running_average_is_the_one_that_simulation_fin
     # 400 repetitions know a standard deviation to 3.5 % (one sigma).
     assert float(layer.running_mean.std() / error.mean_stderr) == pytest.approx(1, abs=0.1)
     assert float(layer.running_var.std() / error.var_stderr) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_the_estimated_error_is_given_in_the_units_of_drift_too(eps):
+    layer = bnstats.EMABatchNorm1d(400, momentum=0.1, pooled=False, eps=eps)
+    data = list(torch.randn(60, 16, 400) + torch.randn(60, 1, 400))
+    for batch in data:
+        layer(batch)
+    stats = bnstats.measure_population_stats(layer, data, method="batch_average")
+    error = bnstats.estimate_running_error(stats, momentum=0.1)[""]
+    population = bnstats.LayerStats(
+        **{**vars(stats[""]), "mean": torch.zeros(400).double(), "var": torch.ones(400).double()}
+    )
+    drift = bnstats.PopulationStats({"": population}).drift_from(layer)[""]
+    pairs = [(drift.mean_shift, error.mean_shift), (drift.var_ratio - 1, error.var_ratio)]
+    for real, expected in pairs:
+        assert float(real.square().mean() / expected.square().mean()) == pytest.approx(1, abs=0.2)
 
 
 def test_a_young_debiased_average_is_worth_its_batches():

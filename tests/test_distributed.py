@@ -11,7 +11,9 @@ import peers
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Moments
-from bnstats.recompute.estimators import ESTIMATORS
+from bnstats.recompute.estimators import Pooled, averaged, moving_average
+
+ESTIMATORS = {"pooled": Pooled, "batch_average": averaged, "ema": moving_average}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
@@ -58,19 +60,19 @@ def test_estimators_merge_wherever_the_batches_are_cut(method, cuts):
 
     merged = estimator()
     for a, b in zip((0, *cuts), (*cuts, len(batches)), strict=True):
-        merged.absorb(taken(batches[a:b]).state())
+        merged.merge_state(taken(batches[a:b]).state())
     for mine, whole in zip(merged.estimate(), taken(batches).estimate(), strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("method", ESTIMATORS)
-def test_an_empty_estimator_absorbs_a_state_bit_for_bit(method):
+def test_an_empty_estimator_takes_a_state_over_bit_for_bit(method):
     like = torch.zeros(3, dtype=torch.float64)
     one, other = (ESTIMATORS[method](torch.ones_like(like), like) for _ in range(2))
     for i in range(4):
         one.add(moments_of(torch.randn(5, 3).double() + i))
-    other.absorb(one.state())
-    other.absorb(ESTIMATORS["pooled" if method == "pooled" else "ema"](like, like).state())
+    other.merge_state(one.state())
+    other.merge_state(ESTIMATORS["pooled" if method == "pooled" else "ema"](like, like).state())
     assert torch.equal(one.state(), other.state())
 
 

@@ -21,7 +21,7 @@ from bnstats.errors import (
     RepeatedLayerError,
     TooFewValuesError,
 )
-from networks import assert_untouched, network, snapshot, trained, uneven
+from networks import assert_untouched, mix_modes, network, snapshot, trained, uneven
 
 
 @pytest.fixture(autouse=True)
@@ -250,8 +250,7 @@ def test_whatever_is_raised_ends_every_thread_and_leaves_the_model_as_it_was(whe
     at = {"before": 0, "between": 3, "after": len(model)}
     if where in at:
         model.insert(at[where], Between())
-    for i, module in enumerate(model):
-        module.train(i % 2 == 0)
+    mix_modes(model)
     before = snapshot(model)
 
     def loader():

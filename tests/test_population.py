@@ -74,15 +74,16 @@ def test_a_write_that_fails_is_rolled_back(monkeypatch):
         assert (layer.running_var == 1).all()
 
 
-def test_drift_is_in_standard_deviations_ratios_and_nats():
+def test_drift_is_measured_in_what_evaluation_divides_by():
     stats, target = measured(), model()
+    target[0].eps = eps = 0.7
     target[0].running_mean.fill_(0.5)
     target[0].running_var.fill_(9.0)
     drift, pop = stats.drift_from(target)["0"], stats["0"]
     mean, var = pop.mean.numpy(), pop.var.numpy()
-    np.testing.assert_allclose(drift.mean_shift, (0.5 - mean) / var**0.5)
-    np.testing.assert_allclose(drift.var_ratio, 9 / var)
-    np.testing.assert_allclose(drift.kl, oracles.gaussian_kl(mean, var, 0.5, 9.0))
+    np.testing.assert_allclose(drift.mean_shift, (0.5 - mean) / (var + eps) ** 0.5)
+    np.testing.assert_allclose(drift.var_ratio, (9 + eps) / (var + eps))
+    np.testing.assert_allclose(drift.kl, oracles.gaussian_kl(mean, var + eps, 0.5, 9.0 + eps))
 
 
 def test_no_drift_from_a_model_just_recalibrated():
@@ -95,17 +96,53 @@ def test_no_drift_from_a_model_just_recalibrated():
         assert drift.kl.abs().max() < 1e-12
 
 
-def test_a_dead_channel_compares_as_equal_to_its_like_and_far_from_others():
+@pytest.mark.parametrize("eps", [1e-3, 1e-5, 0.0])
+def test_drift_of_dead_channels_is_finite_and_none_from_their_like(eps):
     x = torch.randn(20, 3)
     x[:, 0] = 2.0
     stats, target = measured(x), model()
+    target[0].eps = eps
     target[0].running_mean[0], target[0].running_var[0] = 2.0, 0.0
     drift = stats.drift_from(target)["0"]
     assert [float(v[0]) for v in drift] == [0, 1, 0]
-    target[0].running_mean[0] = 1.0
-    drift = stats.drift_from(target)["0"]
-    assert drift.mean_shift[0] == -torch.inf
-    assert drift.kl[0] == torch.inf
+    for mean, var in ((1.0, 0.0), (2.0, 5.0), (-1e9, 1e9)):
+        target[0].running_mean[0], target[0].running_var[0] = mean, var
+        drift = stats.drift_from(target)["0"]
+        assert all(values.isfinite().all() for values in drift)
+        assert drift.kl[0] > 1
+        if eps:
+            assert drift.mean_shift[0] == pytest.approx((mean - 2) / eps**0.5)
+            assert drift.var_ratio[0] == pytest.approx((var + eps) / eps)
+    target[0].running_mean[0], target[0].running_var[1] = 2.0, 0.0  # no variance in training
+    assert all(values.isfinite().all() for values in stats.drift_from(target)["0"])
+
+
+def test_the_table_of_a_network_with_dead_channels_is_readable_and_counts_them():
+    x = torch.randn(40, 3)
+    x[:, :2] = torch.tensor([0.0, 300.1])  # whose mean float32 rounds
+    target = model()
+    lines = str(bnstats.recompute_population_stats(target, x.split(8))).splitlines()
+    assert "inf" not in "".join(lines[2:])
+    assert "nan" not in "".join(lines[2:])
+    column = lines[2].split().index("dead")
+    assert {line.split()[0]: line.split()[column] for line in lines[4:]} == {"0": "2", "2": "0"}
+    assert len({len(line) for line in lines[2:]}) == 1
+    x[:, :2] = torch.randn(40, 2)
+    assert "dead" not in str(bnstats.recompute_population_stats(target, x.split(8)))
+
+
+def test_a_layer_with_statistics_that_are_not_finite_is_the_worst():
+    target = model()
+    target[2].running_mean[0] = torch.nan
+    result = bnstats.recompute_population_stats(target, torch.randn(40, 3).split(8))
+    assert result.worst_first() == ["2", "0"]
+
+
+def test_statistics_carry_the_eps_of_their_layer():
+    target = model()
+    target[2].eps = 1e-3
+    stats = bnstats.measure_population_stats(target, torch.randn(40, 3).split(8))
+    assert {name: layer.eps for name, layer in stats.items()} == {"0": 1e-5, "2": 1e-3}
 
 
 def test_the_table_names_the_worst_layer_first_and_every_layer_once():
@@ -151,6 +188,17 @@ def test_what_does_not_merge_says_so():
         measured().merge(measured(correction=0))
     with pytest.raises(InvalidTypeError, match="got dict"):
         measured().merge({})
+
+
+def test_statistics_without_a_layer_in_common_do_not_merge_and_empty_ones_change_nothing():
+    stats = measured()
+    other = PopulationStats({f"module.{name}": layer for name, layer in stats.items()})
+    with pytest.raises(LayerMismatchError, match=r"no layer in common.*'0'.*'module\.0'"):
+        stats.merge(other)
+    assert_equal(stats.merge(PopulationStats({})), stats)
+    assert_equal(PopulationStats({}).merge(stats), stats)
+    part = PopulationStats({"2": stats["2"]})
+    assert {name: layer.count for name, layer in stats.merge(part).items()} == {"0": 40, "2": 80}
 
 
 @pytest.mark.parametrize("method", ["pooled", "batch_average", "ema"])

@@ -195,3 +195,27 @@ def test_no_thread_is_left_behind():
     before = threading.active_count()
     bnstats.measure_population_stats(nn.BatchNorm1d(3), [torch.randn(4, 3)])
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("position", [0, 2, 4])
+def test_a_batch_of_one_value_counts_for_the_averaged_mean_and_not_for_the_variance(position):
+    data = [x * (i + 1) for i, x in enumerate(torch.randn(4, 6, 3, dtype=torch.float64))]
+    data.insert(position, torch.randn(1, 3, dtype=torch.float64))
+    model = nn.BatchNorm1d(3).double()
+    stats = bnstats.measure_population_stats(model, data, method="batch_average")[""]
+    with_var = [x for x in data if len(x) > 1]
+    means = torch.stack([x.mean(0) for x in data])
+    variances = torch.stack([x.var(0) for x in with_var])
+    torch.testing.assert_close(stats.mean, means.mean(0))
+    torch.testing.assert_close(stats.var, variances.mean(0))
+    torch.testing.assert_close(stats.mean_stderr, means.std(0) / 5**0.5)
+    torch.testing.assert_close(stats.var_stderr, variances.std(0) / 4**0.5)
+    assert (stats.count, stats.num_batches) == (25, 5)
+
+    # A moving average of the means of all batches, and one of the variances that there are.
+    stats = bnstats.measure_population_stats(model, data, method="ema")[""]
+    _, var = oracles.exponential(with_var, 0.1, debias=True, pooled=False)
+    doubled = [torch.cat([x, x]) for x in data]
+    mean, _ = oracles.exponential(doubled, 0.1, debias=True, pooled=False)
+    np.testing.assert_allclose(stats.mean, mean)
+    np.testing.assert_allclose(stats.var, var)

@@ -231,3 +231,82 @@ def test_a_device_may_be_named():
         nn.BatchNorm1d(3), [torch.randn(4, 3)], device="meta", forward=forward
     )
     assert seen == ["meta"]
+
+
+ALL_METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
+
+
+class Unhooked(nn.Module):
+    """Reaches its first layer without a call, which is what hooks need."""
+
+    def __init__(self, reach):
+        super().__init__()
+        self.reach = reach
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.second(self.reach(self.first, x))
+
+
+@pytest.mark.filterwarnings("ignore:no batch reached:bnstats.BnstatsWarning")
+@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize(
+    "reach",
+    [
+        lambda layer, x: layer.forward(x),
+        lambda layer, x: nn.functional.batch_norm(x, layer.running_mean, layer.running_var),
+    ],
+    ids=["forward", "functional"],
+)
+def test_a_layer_reached_without_a_call_normalizes_as_in_evaluation(reach, method):
+    model = Unhooked(reach)
+    model.first.running_mean.fill_(1)
+    model.first.running_var.fill_(4)
+    x = 2 * torch.randn(40, 3) + 1
+    result = bnstats.recompute_population_stats(model, x.split(10), method=method)
+    assert [*result.after] == ["second"]
+    seen = (x.double() - 1) / (4 + 1e-5) ** 0.5
+    if method not in ("batch_average", "ema"):
+        torch.testing.assert_close(result.after["second"].var, seen.var(0), rtol=1e-5, atol=0)
+    assert (model.first.running_var == 4).all()
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_layer_in_evaluation_mode_in_a_model_that_trains_is_left_alone_and_named(method):
+    model, data = trained(), uneven()
+    model[5].eval()
+    before = model[5].running_mean.clone(), model[5].running_var.clone()
+    result = bnstats.recompute_population_stats(model, data, method=method)
+    assert [*result.after] == ["1", "8"]
+    assert result.after.frozen == ("5",)
+    assert "left alone, in evaluation mode while the model trains: '5'" in str(result)
+    assert torch.equal(model[5].running_mean, before[0])
+    assert torch.equal(model[5].running_var, before[1])
+    assert not model[5].training
+
+
+def test_what_is_frozen_is_known_from_a_file_and_after_a_merge(tmp_path):
+    model, data = trained(), uneven()
+    model[5].eval()
+    stats = bnstats.measure_population_stats(model, data)
+    stats.save(tmp_path / "stats.npz")
+    assert bnstats.PopulationStats.load(tmp_path / "stats.npz").frozen == ("5",)
+    assert stats.merge(stats).frozen == ("5",)
+
+
+def test_in_a_model_that_is_in_evaluation_mode_as_a_whole_no_layer_is_frozen():
+    model, data = trained().eval(), uneven()
+    model[3].train()  # dropout, for Monte Carlo estimates say
+    result = bnstats.recompute_population_stats(model, data)
+    assert [*result.after] == ["1", "5", "8"]
+    assert result.after.frozen == ()
+    assert "left alone" not in str(result)
+
+
+def test_a_model_of_frozen_layers_alone_is_a_warning_that_says_so():
+    model, data = trained(), uneven()
+    for i in (1, 5, 8):
+        model[i].eval()
+    with pytest.warns(BnstatsWarning, match="all 3 .* in evaluation mode while the model trains"):
+        result = bnstats.recompute_population_stats(model, data)
+    assert len(result.after) == 0

@@ -8,7 +8,7 @@ import bnstats
 from bnstats.errors import (
     NonFiniteStatisticsError,
 )
-from networks import METHODS, assert_untouched, snapshot, trained, uneven
+from networks import METHODS, assert_untouched, mix_modes, snapshot, trained, uneven
 
 
 def test_measuring_writes_nothing():
@@ -51,20 +51,21 @@ class Failing(nn.Module):
 
 @pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("where", ["loader", "model", "forward", "last layer"])
-def test_whatever_is_raised_leaves_the_model_as_it_was(error, where):
+@pytest.mark.parametrize("method", [*METHODS, "layerwise", "sweeps"])
+def test_whatever_is_raised_leaves_the_model_as_it_was(method, error, where):
     # torch's update_bn leaves reset statistics and momentum None behind.
     model, data = trained(), uneven()
     if where == "model":
         model.insert(4, Failing(error, 2))
     if where == "last layer":
         model.append(Failing(error, 0))
-    for i, module in enumerate(model):
-        module.train(i % 2 == 0)
+    mix_modes(model)
     before = snapshot(model)
 
-    def loader():
-        yield from data[:2]
-        raise error
+    class Broken:
+        def __iter__(self):
+            yield from data[:2]
+            raise error
 
     def forward(model, batch):
         model(batch)
@@ -73,14 +74,15 @@ def test_whatever_is_raised_leaves_the_model_as_it_was(error, where):
     with pytest.raises(type(error)):
         bnstats.recompute_population_stats(
             model,
-            loader() if where == "loader" else data,
+            Broken() if where == "loader" else data,
+            method=method,
             forward=forward if where == "forward" else None,
         )
     assert_untouched(model, before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "sweeps"])
 def test_a_bad_batch_raises_with_its_index_and_layers_and_touches_nothing(value, method):
     model, data = trained(), uneven()
     data[2][0, 0, 0, 0] = value

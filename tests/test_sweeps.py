@@ -74,16 +74,20 @@ def test_a_forward_ends_where_there_is_nothing_more_to_be_seen():
 class Parallel(nn.Module):
     """Two branches of two layers each, and a layer on their sum."""
 
-    def __init__(self):
+    def __init__(self, make=nn.BatchNorm1d):
         super().__init__()
-        self.a1, self.a2, self.b1, self.b2, self.last = (nn.BatchNorm1d(3) for _ in range(5))
+        self.a1, self.a2, self.b1, self.b2, self.last = (make(3) for _ in range(5))
 
     def forward(self, x):
         return self.last(self.a2(self.a1(x).relu()) + self.b2(self.b1(x * x).relu_()))
 
 
-def test_layers_that_do_not_depend_on_each_other_share_a_sweep():
-    model, loader = Parallel(), Counting(list(torch.randn(4, 20, 3)))
+# The moments of large inputs are compared on the host, which is no use of them by the model.
+@pytest.mark.parametrize(
+    ("make", "shape"), [(nn.BatchNorm1d, (20, 3)), (nn.BatchNorm2d, (20, 3, 48, 48))]
+)
+def test_layers_that_do_not_depend_on_each_other_share_a_sweep(make, shape):
+    model, loader = Parallel(make), Counting(list(torch.randn(4, *shape)))
     stats = recompute(model, loader)
     assert loader.reads == 3
     assert_fixed_point(model, loader.data, stats)
@@ -258,3 +262,25 @@ def test_a_layer_never_reached_is_left_alone():
     with pytest.warns(BnstatsWarning, match="'spare'"):
         stats = measure(model, [torch.randn(5, 3)], forward=lambda model, x: model["used"](x))
     np.testing.assert_equal([*stats], ["used"])
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda y: torch.from_numpy(np.exp(y.numpy())),
+        lambda y: torch.tensor(y.exp().tolist()),
+        lambda y: torch.arange(3.0).expand(len(y), 3) * y.exp().mean().item(),
+    ],
+    ids=["numpy", "lists", "a number"],
+)
+def test_data_that_passes_through_the_host_is_followed(leave):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = (nn.BatchNorm1d(3) for _ in range(3))
+
+        def forward(self, x):
+            return self.last(self.second(leave(self.first(x)) + x).relu())
+
+    model, data = Model(), [torch.randn(20, 3) * (1 + i) for i in range(4)]
+    assert_fixed_point(model, data, recompute(model, data))

@@ -9,7 +9,7 @@ from torch import nn
 
 import bnstats
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
-from bnstats.recompute.stopping import looks
+from bnstats.recompute.collector import batches_before_checks
 
 METHODS = ["pooled", "batch_average", "ema"]
 REPETITIONS = 200  # each one a channel, so that one pass simulates them all
@@ -90,9 +90,9 @@ def test_the_errors_are_small_enough_on_stopping_and_no_batch_is_read_in_vain(me
     assert stats.num_batches == len(read)
     reported = [stats.mean_stderr / stats.var.sqrt(), stats.var_stderr / stats.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) <= tolerance
-    look_before = max(takewhile(lambda look: look < len(read), looks(tolerance)))
-    assert len(read) - look_before <= max(4, len(read) // 8)
-    before = measure(iter(read), method, max_batches=look_before)
+    check_before = max(takewhile(lambda check: check < len(read), batches_before_checks(tolerance)))
+    assert len(read) - check_before <= max(4, len(read) // 8)
+    before = measure(iter(read), method, max_batches=check_before)
     reported = [before.mean_stderr / before.var.sqrt(), before.var_stderr / before.var]
     assert max(float(e.square().mean().sqrt()) for e in reported) > tolerance
     mean, var = truth(method)
@@ -141,6 +141,18 @@ def test_channels_without_variance_are_sure():
     stats = measure_3(data, tolerance=0.2)
     assert stats.num_batches == 8
     assert stats.mean_stderr.isfinite().all()
+
+
+def test_errors_are_measured_in_what_evaluation_divides_by():
+    # A deviation of 1e-4 is a thirtieth of what eps adds; without eps it is all there is.
+    data = 1e-4 * torch.randn(40, 4, 3)
+
+    def read(eps):
+        layer = nn.BatchNorm1d(3, eps=eps)
+        return bnstats.measure_population_stats(layer, list(data), tolerance=0.05)[""].num_batches
+
+    assert read(1e-5) == 8
+    assert read(0.0) > 30
 
 
 def test_a_layer_seen_in_one_batch_is_not_sure_and_one_never_seen_does_not_matter():

@@ -1,37 +1,42 @@
-"""Processes that measure together: one collective that carries results, or the failure."""
+"""Processes that measure together: collectives that carry results, or the failure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+T = TypeVar("T")
+
 Sync: TypeAlias = "bool | ProcessGroup | None"
 """With whom to merge: a group, all processes (True), nobody (False), all if several (None)."""
 
 
 class Peers:
-    """The processes of a group, each of which makes the same calls in the same order.
+    """The processes of a group, each of which makes the same exchanges in the same order.
 
     Args:
         group: the group; None for all processes.
-        alone: there is only this process, and nothing to exchange.
+        alone: there is nobody to exchange with.
 
     Attributes:
+        alone: there is only this process, and nothing to exchange.
         size: number of processes.
     """
 
     def __init__(self, group: ProcessGroup | None = None, *, alone: bool = False) -> None:
         self._group = group
-        self._alone = alone
+        self.alone = alone
         self.size = 1 if alone else dist.get_world_size(group)
 
     @classmethod
@@ -63,45 +68,159 @@ class Peers:
             )
         return cls(sync)
 
-    def gather(self, produce: Callable[[], Tensor], like: Tensor) -> Tensor:
-        """Run ``produce`` in every process and return every result, stacked in rank order.
+    def agreement(self) -> Agreement:
+        """Return a context in which every process prepares, and finds that all do the same."""
+        return Agreement(self)
 
-        One collective. What ``produce`` raises in one process is raised there once the others
-        know of it, and they raise too: nobody is left waiting, and nobody goes on.
+    def exchange(self, like: Tensor) -> Exchange:
+        """Return a context in which every process does its part of a step.
 
         Args:
-            produce: returns a tensor.
-            like: a tensor of the result's shape, dtype and device, the same in every process.
-
-        Raises:
-            PeerError: it raised in another process.
+            like: a tensor of the shape, dtype and device of every process's result.
         """
-        if self._alone:
-            return produce()[None]
-        failure: BaseException | None = None
-        message = like.new_zeros(1 + like.numel())
-        try:
-            message[1:] = produce().flatten()
-        except BaseException as error:  # raised again below
-            failure = error
-            message[0] = 1
-        message = message.to(self._wire_device(message.device))
-        messages = [torch.empty_like(message) for _ in range(self.size)]
-        dist.all_gather(messages, message, group=self._group)
-        if failure is not None:
-            raise failure
-        together = torch.stack(messages).to(like.device)
-        failed = together[:, 0].nonzero().flatten().tolist()
-        if failed:
-            raise PeerError(
-                f"the measurement failed in the process of rank {', '.join(map(str, failed))} "
-                "(see its own error); nothing was written in any process"
-            )
-        return together[:, 1:].view(self.size, *like.shape)
+        return Exchange(self, like)
 
-    def _wire_device(self, device: torch.device) -> torch.device:
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Return the values of all processes, in rank order, by pickle."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def all_gather(self, message: Tensor) -> Tensor:
+        """Return the messages of all processes, stacked in rank order."""
+        sent = message.to(self._backend_device(message.device))
+        received = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(received, sent, group=self._group)
+        return torch.stack(received).to(message.device)
+
+    def _backend_device(self, device: torch.device) -> torch.device:
         """Return where the backend takes its tensors from."""
         backend = dist.get_backend(self._group)
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu") if backend == "gloo" else device
+
+
+def communicates(model: nn.Module) -> bool:
+    """Whether a model's forward has collectives of its own: it is sharded, or its parameters are.
+
+    What is sharded has imported the modules that it needs: bnstats need not.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    classes = tuple(
+        getattr(fsdp, name)
+        for name in ("FSDPModule", "FullyShardedDataParallel")
+        if hasattr(fsdp, name)
+    )
+    if any(isinstance(module, classes) for module in model.modules()):
+        return True
+    return any(is_dtensor(parameter) for parameter in model.parameters())
+
+
+def is_dtensor(value: Tensor) -> bool:
+    """Whether a tensor is spread over processes."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+class Agreement:
+    """The first step of every process, of which each describes what it is about to do.
+
+    Raises:
+        PeerError: the step failed in another process.
+        InvalidValueError: the processes are about to do different things.
+    """
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._description: Mapping[str, object] = {}
+
+    def send(self, description: Mapping[str, object]) -> None:
+        """Describe what has to be the same in every process."""
+        self._description = description
+
+    def __enter__(self) -> Agreement:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._peers.alone:
+            return
+        failure = None if error is None else f"{type(error).__name__}: {error}"
+        said = self._peers.all_gather_objects((failure, dict(self._description)))
+        if error is not None:
+            return
+        failures = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(said) if text]
+        if failures:
+            raise PeerError(f"the measurement did not begin, it failed in {'; '.join(failures)}")
+        for rank, (_, theirs) in enumerate(said):
+            for key, value in said[0][1].items():
+                if theirs[key] != value:
+                    raise InvalidValueError(
+                        f"sync: the processes do not measure the same thing: {key} is "
+                        f"{_difference(value, theirs[key])} in the process of rank 0, and "
+                        f"{_difference(theirs[key], value)} in that of rank {rank}"
+                    )
+
+
+def _difference(value: object, other: object) -> str:
+    """Return a value; of a sequence what the other has not."""
+    if isinstance(value, tuple) and isinstance(other, tuple):
+        own = [item for item in value if item not in other]
+        return f"{len(value)} with {own[0]!r}" if own else f"{len(value)}"
+    return repr(value)
+
+
+class Exchange:
+    """One step of every process, and one collective at its end.
+
+    An error inside the context is raised there once the others know of it, and they raise too:
+    no process is left waiting, and none goes on.
+
+    Attributes:
+        results: what every process has sent, stacked in rank order; after the context.
+
+    Raises:
+        PeerError: the step failed in another process.
+    """
+
+    def __init__(self, peers: Peers, like: Tensor) -> None:
+        self._peers = peers
+        self._shape = (peers.size, *like.shape)
+        # Made before the step: a device that has no memory left can still say so.
+        self._message = None if peers.alone else like.new_zeros(1 + like.numel())
+        self.results: Tensor
+
+    def send(self, result: Tensor) -> None:
+        """Give this process's result of the step."""
+        if self._message is None:
+            self.results = result[None]
+        else:
+            self._message[1:] = result.flatten()
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._message is None:
+            return
+        self._message[0] = error is not None
+        messages = self._peers.all_gather(self._message)
+        if error is not None:
+            return
+        failed = messages[:, 0].nonzero().flatten().tolist()
+        if failed:
+            raise PeerError(
+                f"the measurement failed in the process of rank {', '.join(map(str, failed))} "
+                "(see its own error); nothing was written in any process"
+            )
+        self.results = messages[:, 1:].view(self._shape)

@@ -1,5 +1,18 @@
 """What bnstats raises and warns with: every error is also the builtin that fits it."""
 
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from types import FrameType
+
+from torch import __file__ as _torch_file
+
+_OWN = tuple(os.path.dirname(file) + os.sep for file in (__file__, _torch_file))
+"""Whose frames no warning points to: ours, and torch's where it calls us."""
+
 
 class BnstatsError(Exception):
     """Base of everything that bnstats raises on its own account."""
@@ -38,9 +51,22 @@ class PeerError(BnstatsError, RuntimeError):
 
 
 class UnknownLayerError(InvalidValueError, KeyError):
-    """There is no layer of this name."""
+    """There is no layer of this name.
 
-    __str__ = Exception.__str__  # KeyError would quote the message
+    Args:
+        name: what was asked for.
+        names: what there is.
+    """
+
+    def __init__(self, name: object, names: Iterable[str]) -> None:
+        super().__init__(name, tuple(names))
+
+    def __str__(self) -> str:
+        """Return a message with the nearest name; a mapping's ``get`` does not wait for it."""
+        name, names = self.args
+        if not names:
+            return f"there is no BatchNorm layer {name!r}, nor any other"
+        return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest(name, names)!r}"
 
 
 class StatsFileError(BnstatsError, ValueError):
@@ -49,3 +75,29 @@ class StatsFileError(BnstatsError, ValueError):
 
 class BnstatsWarning(UserWarning):
     """Something that was done as asked, and that is seldom what was wanted."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return which of the names is the nearest by edit distance, the first of several."""
+    return min(names, key=lambda other: _edit_distance(str(name), other))
+
+
+def _edit_distance(a: str, b: str) -> int:
+    """Return the least number of insertions, deletions and substitutions from a to b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def warn(message: str) -> None:
+    """Warn with a BnstatsWarning that points to the first caller outside of bnstats and torch."""
+    # Python 3.12 has this as warnings.warn(skip_file_prefixes=...).
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, BnstatsWarning, stacklevel=level)

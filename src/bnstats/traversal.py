@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from itertools import islice
+from typing import NoReturn, TypeAlias, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from bnstats.errors import InvalidTypeError
+from bnstats.errors import InvalidTypeError, UnknownLayerError
+
+T = TypeVar("T")
 
 Include: TypeAlias = Callable[[str, nn.Module], bool]
 """Chooses layers by name and module."""
+
+
+class ByLayer(dict[str, T]):
+    """A dict by layer name, which answers a name that is not there with the nearest."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise UnknownLayerError(name, self)
+
+
+_SHARDED = "_fsdp_wrapped_module"
+
+# torch's wrappers whose classes would be slow to import: torch.compile, FullyShardedDataParallel,
+# activation checkpointing. Each names the key so that nobody else does.
+_OWN_KEYS = ("_orig_mod", _SHARDED, "_checkpoint_wrapped_module")
+
+# Averages of a model's weights, by package and class: bnstats depends on neither package.
+_AVERAGES = {
+    ("timm", "ModelEmaV2"): "module",
+    ("timm", "ModelEmaV3"): "module",
+    ("ema_pytorch", "EMA"): "ema_model",
+    ("ema_pytorch", "KarrasEMA"): "ema_model",
+}
 
 
 def inner_key(module: nn.Module) -> str | None:
     """Return under which key a wrapper keeps the model that it wraps; None for other modules."""
     if isinstance(module, (DistributedDataParallel, DataParallel, AveragedModel)):
         return "module"
-    # What torch.compile returns; importing its class would import the whole compiler.
-    return "_orig_mod" if "_orig_mod" in module._modules else None
+    for key in _OWN_KEYS:
+        if key in module._modules:
+            return key
+    for cls in type(module).__mro__:
+        found = _AVERAGES.get((cls.__module__.partition(".")[0], cls.__name__))
+        if found is not None and module._modules.get(found) is not None:
+            return found
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel, DataParallel, torch.compile and the like."""
+    """Return the model inside DistributedDataParallel, DataParallel, torch.compile and the like.
+
+    FullyShardedDataParallel stays: its forward gathers the parameters that the model runs with.
+    """
     check_module(model)
-    while (key := inner_key(model)) is not None:
-        model = model.get_submodule(key)
+    while (key := inner_key(model)) not in (None, _SHARDED):
+        model = model.get_submodule(str(key))
     return model
 
 
@@ -51,20 +88,78 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[str, _BatchNorm]:
-    """Return the chosen BatchNorm layers with running statistics, each under its first name.
+    """Return the chosen layers with a BatchNorm's running statistics, each under its first name.
+
+    By default those are the instances of torch's BatchNorm. ``include`` is also asked for
+    modules of other classes that keep the same statistics, torchvision's FrozenBatchNorm2d for
+    one; they are typed as what they stand for.
 
     Raises:
         InvalidTypeError: model is not a Module, or a layer is lazy and not yet materialized.
     """
     layers: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
-        if not isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm):
+            check_materialized(name, module)
+        elif include is None:
             continue
-        check_materialized(name, module)
-        tracks = module.running_mean is not None and module.running_var is not None
-        if tracks and (include is None or include(name, module)):
-            layers[name] = module
+        if keeps_statistics(module) and (include is None or include(name, module)):
+            layers[name] = cast("_BatchNorm", module)
     return layers
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module normalizes in evaluation as BatchNorm does, whatever its class."""
+    # InstanceNorm averages variances within instances; TorchScript runs no hooks.
+    if isinstance(module, (_InstanceNorm, torch.jit.ScriptModule)):
+        return False
+    mean, var = (getattr(module, name, None) for name in ("running_mean", "running_var"))
+    return (
+        isinstance(mean, Tensor)
+        and isinstance(var, Tensor)
+        and mean.dim() == 1
+        and mean.shape == var.shape
+        and isinstance(getattr(module, "eps", None), (int, float))
+    )
+
+
+def num_features(layer: nn.Module) -> int:
+    """Return the number of channels of a layer with running statistics."""
+    # FrozenBatchNorm2d does not keep it as an attribute.
+    return cast(Tensor, layer.running_mean).numel()
+
+
+def no_batchnorm(model: nn.Module, include: Include | None) -> str:
+    """Return a message about a model in which ``named_batchnorms`` found nothing."""
+    message = f"{type(model).__name__} has no BatchNorm layer with running statistics"
+    if include is not None and (there := named_batchnorms(model, lambda *_: True)):
+        return f"{message} that include chooses, of {len(there)}: {first_names(there)}"
+    found = Counter(kind for _, module in named_layers(model) if (kind := _instead(module)))
+    if not found:
+        return message
+    kinds = "; ".join(f"{count} {kind}" for kind, count in found.items())
+    return f"{message}; found instead: {kinds}"
+
+
+def _instead(module: nn.Module) -> str | None:
+    """Return what a module is that could be taken for a BatchNorm with running statistics."""
+    name = type(module).__name__
+    if isinstance(module, torch.jit.ScriptModule):
+        name = getattr(module, "original_name", name)
+        if "BatchNorm" not in name:
+            return None
+        return f"{name} in TorchScript, which runs no hooks: measure before torch.jit.script"
+    if isinstance(module, _BatchNorm):
+        return f"{name} without running statistics (track_running_stats=False)"
+    if keeps_statistics(module):
+        return f"{name}, served where include(name, module) is True"
+    return None
+
+
+def first_names(names: Collection[str]) -> str:
+    """Return the first few names, to be read by a user."""
+    shown = ", ".join(repr(name) for name in islice(names, 3))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def check_materialized(name: str, module: nn.Module) -> None:

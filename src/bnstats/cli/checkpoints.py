@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from bnstats import LayerStats, RunningStats
 from bnstats.errors import InvalidValueError, LayerMismatchError
+from bnstats.recompute.files import replacing
 
 _KEYS = ("state_dict", "model")
 """Under which a checkpoint may keep its state dict."""
@@ -45,12 +44,14 @@ class Checkpoint:
         Raises:
             InvalidValueError: the file is damaged, or holds more than tensors or no state dict.
         """
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise InvalidValueError(
-                f"{path}: expected a checkpoint that torch.load(weights_only=True) reads: {error}"
-            ) from error
+        with path.open("rb") as file:
+            try:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file raises nearly anything
+                raise InvalidValueError(
+                    f"{path}: expected a checkpoint that torch.load(weights_only=True) reads: "
+                    f"{error}"
+                ) from error
         state = content
         if isinstance(content, dict):
             state = next(
@@ -97,13 +98,9 @@ class Checkpoint:
                 self.state[self.prefix + _key(name, key)] = value.to(old.dtype)
 
     def save(self, path: Path) -> None:
-        """Write all of the content, whole or not at all."""
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            torch.save(self.content, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        """Write all of the content, whole or not at all, and through a link."""
+        with replacing(path) as file:
+            torch.save(self.content, file)
 
 
 def _key(layer: str, statistic: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from bnstats import PopulationStats, RunningStats
 from bnstats.cli.checkpoints import Checkpoint
 from bnstats.errors import LayerMismatchError
 from bnstats.recompute.drift import compare, table
+from bnstats.recompute.files import is_stats_file
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, RunningStats]:
-    if not _is_stats_file(path):
+    if not is_stats_file(path):
         return Checkpoint.load(path).running_stats(population)
     stats = PopulationStats.load(path)
     if stats.keys() != population.keys():
@@ -51,11 +51,3 @@ def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, Runn
             + ", ".join(map(repr, sorted(only)))
         )
     return {name: RunningStats(layer.mean, layer.var) for name, layer in stats.items()}
-
-
-def _is_stats_file(path: Path) -> bool:
-    """Whether it is numpy's kind of archive; torch's checkpoints are archives too."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return "header.npy" in archive.namelist()

@@ -18,7 +18,7 @@ from torch import nn
 from bnstats import recompute_population_stats
 from bnstats.cli.checkpoints import Checkpoint
 from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
-from bnstats.recompute.options import METHODS
+from bnstats.recompute.run import METHODS
 
 _EXAMPLES = """\
 MODEL and LOADER are called without arguments, and found from the current folder too:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.convert.centering import Recentering, plan_centering, plan_folding
 from bnstats.convert.change import Change, check_options, plan
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
-from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.layers.moving_average_state import far_from_zero
 from bnstats.traversal import Include, check_materialized, named_layers
 
@@ -189,14 +188,14 @@ def _warn(
     """Warn of what is seldom wanted, before anything changes."""
     if not layers:
         chosen = "" if include is None else " that include chooses"
-        _say(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")
+        warn(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")
     unsynchronized = [
         name
         for name, layer in layers.items()
         if isinstance(layer, nn.SyncBatchNorm) and _several_processes()
     ]
     if unsynchronized:
-        _say(
+        warn(
             "these layers normalized by the batch of all processes, and will by each process's "
             f"own: {_list(unsynchronized)}"
         )
@@ -209,16 +208,11 @@ def _warn(
         and far_from_zero(layer.running_mean, layer.running_var, layer.eps)
     ]
     if with_mean:
-        _say(
+        warn(
             f"the model will evaluate differently: {to!r} has no mean, and these layers have one "
             "that is not near zero; they go on from running_var + running_mean^2, to be trained "
             f"further: {_list(with_mean)}"
         )
-
-
-def _say(message: str) -> None:
-    # The level of who called convert_batchnorm, which called _warn, which called this.
-    warnings.warn(message, BnstatsWarning, stacklevel=4)
 
 
 def _list(names: list[str]) -> str:

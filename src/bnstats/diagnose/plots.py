@@ -72,7 +72,8 @@ def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
     """Draw how far running statistics were from the population's, the worst layers first.
 
     One row a layer, one dot a channel: the shift of the mean in standard deviations on the left,
-    the ratio of the variances on the right.
+    the ratio of the variances on the right, both with eps as in :class:`Drift`. The title counts
+    the dead channels, which have one value in all of the data, if there are some.
 
     Args:
         result: of :func:`bnstats.recompute_population_stats`.
@@ -91,7 +92,7 @@ def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
         >>> result = bnstats.recompute_population_stats(model, torch.randn(64, 3).split(8))
         >>> [axes.get_xlabel() for axes in bnstats.plot_drift(result).axes][1]
-        'running variance / population variance'
+        '(running variance + eps) / (population variance + eps)'
     """
     if not isinstance(result, Recalibration):
         raise InvalidTypeError(f"result: expected a Recalibration, got {type(result).__name__}")
@@ -106,12 +107,15 @@ def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
         drift = result.drift[name]
         for panel, values in ((shifts, drift.mean_shift), (ratios, drift.var_ratio)):
             panel.plot(values, [row] * len(values), "o", color="#b2182b", markersize=3, alpha=0.4)
-    _label(shifts, 0, "(running mean - population mean) / population sd")
-    _label(ratios, 1, "running variance / population variance")
+    _label(shifts, 0, "(running mean - population mean) / sqrt(population variance + eps)")
+    _label(ratios, 1, "(running variance + eps) / (population variance + eps)")
     ratios.set_xscale("log")
     shifts.set_yticks(range(len(names)), names)
     shifts.invert_yaxis()
-    figure.suptitle(f"running against population statistics, worst of {len(result.drift)} layers")
+    title = f"running against population statistics, worst of {len(result.drift)} layers"
+    if dead := sum(int(stats.dead.sum()) for stats in result.after.values()):
+        title += f", {dead} dead channel{'s' if dead > 1 else ''}"
+    figure.suptitle(title)
     return figure
 
 

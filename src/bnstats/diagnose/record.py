@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -109,7 +108,7 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
 
     def __getitem__(self, name: str) -> LayerRecord:
         if name not in self._layers:
-            raise UnknownLayerError(_no_such_layer(name, self._layers))
+            raise UnknownLayerError(name, self._layers)
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -196,13 +195,8 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
         raise InvalidValueError("layers: expected at least one name, or None for all layers")
     for name in names:
         if name not in found:
-            raise UnknownLayerError(_no_such_layer(name, found))
+            raise UnknownLayerError(name, found)
     return {name: found[name] for name in names}
-
-
-def _no_such_layer(name: object, names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0)
-    return f"there is no BatchNorm layer {name!r}; the nearest name is {nearest[0]!r}"
 
 
 def _observe(

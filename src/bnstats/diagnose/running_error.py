@@ -8,7 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recompute import PopulationStats
+from bnstats.recompute import LayerStats, PopulationStats
+from bnstats.recompute.layer_stats import with_eps
+from bnstats.traversal import ByLayer
 
 
 class RunningError(NamedTuple):
@@ -18,6 +20,9 @@ class RunningError(NamedTuple):
         mean_stderr: of running_mean, in its own unit, of shape (C,).
         var_stderr: of running_var, the same.
         effective_batches: how many batches the average is worth.
+        mean_shift: the root mean square of :attr:`Drift.mean_shift` to be expected of this error
+            alone, ``mean_stderr / sqrt(var + eps)``.
+        var_ratio: the same of :attr:`Drift.var_ratio` - 1, ``var_stderr / (var + eps)``.
 
     Example:
         >>> import torch, bnstats
@@ -31,6 +36,8 @@ class RunningError(NamedTuple):
     mean_stderr: Tensor
     var_stderr: Tensor
     effective_batches: float
+    mean_shift: Tensor
+    var_ratio: Tensor
 
 
 def estimate_running_error(
@@ -83,12 +90,14 @@ def estimate_running_error(
         raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
     forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches
     effective = (2 - momentum) / momentum * (1 - forgotten) / (1 + forgotten)
-    return {
-        name: RunningError(
-            # The error of an average of B batches is that of one over the root of B.
-            layer.mean_stderr * (layer.num_batches / effective) ** 0.5,
-            layer.var_stderr * (layer.num_batches / effective) ** 0.5,
-            effective,
-        )
-        for name, layer in stats.items()
-    }
+    return ByLayer((name, _error(layer, effective)) for name, layer in stats.items())
+
+
+def _error(layer: LayerStats, effective_batches: float) -> RunningError:
+    # The error of an average of B batches is that of one over the root of B.
+    scale = (layer.num_batches / effective_batches) ** 0.5
+    mean_stderr, var_stderr = layer.mean_stderr * scale, layer.var_stderr * scale
+    square = with_eps(layer.var, layer.eps)
+    return RunningError(
+        mean_stderr, var_stderr, effective_batches, mean_stderr / square.sqrt(), var_stderr / square
+    )

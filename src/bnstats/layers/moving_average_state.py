@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnstats.errors import BnstatsWarning
+from bnstats.errors import warn
 from bnstats.layers.base import RunningStatsBatchNorm
 from bnstats.layers.moving_average_step import State
 
@@ -94,13 +93,11 @@ class MovingAverageState(RunningStatsBatchNorm):
                 state_dict[prefix + name] = torch.zeros_like(own, dtype=dtype, device=var.device)
         wide_mean, wide_var = mean.to(wide), var.to(wide)
         if far_from_zero(wide_mean, wide_var, self.eps):
-            warnings.warn(
+            warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "
                 "running_var + running_mean^2 and evaluates differently; train on, with "
-                "centered layers before it, or use another layer",
-                BnstatsWarning,
-                stacklevel=5 + prefix.count("."),  # load_state_dict's caller: torch recurses
+                "centered layers before it, or use another layer"
             )
         state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
         about = wide_var + wide_mean.square()

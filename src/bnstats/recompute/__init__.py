@@ -1,7 +1,8 @@
 """The pass over data after training: population statistics, exact and checked."""
 
-from bnstats.recompute.drift import Drift, Recalibration, RunningStats
-from bnstats.recompute.population import LayerStats, PopulationStats
+from bnstats.recompute.drift import Drift
+from bnstats.recompute.layer_stats import LayerStats, RunningStats
+from bnstats.recompute.population import PopulationStats, Recalibration
 from bnstats.recompute.run import measure_population_stats, recompute_population_stats
 
 __all__ = [

@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import cached_property
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 
-
-def read_batches(
-    loader: Iterable[Any],
-    *,
-    max_batches: int | None,
-    progress: bool,
-    device: torch.device | str | None,
-) -> Generator[Any, None, None]:
-    """Yield the loader's batches, at most so many, on the device."""
-    total = len(loader) if isinstance(loader, Sized) else None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
-    with tqdm(total=total, desc="batch-norm statistics", disable=not progress) as bar:
-        for batch in islice(loader, max_batches):
-            yield move_to(batch, device)
-            bar.update()
+Forward = Callable[[nn.Module, Any], Any]
+"""Runs a model on a batch."""
 
 
 class Reader:
-    """Gives out a loader's batches, and keeps count.
+    """Gives out a loader's batches on a device, and keeps count.
+
+    Nothing is asked of the loader before the first batch is.
 
     Args:
         loader: an iterable of batches.
         max_batches: stop after so many.
         progress: show a progress bar.
         device: where batches go.
+        call: calls what is the loader's.
 
     Attributes:
         num_read: batches given out so far.
         exhausted: there are no more.
-        length: how many batches the loader says it has; None where it does not say.
     """
 
     def __init__(
@@ -53,18 +42,30 @@ class Reader:
         max_batches: int | None,
         progress: bool,
         device: torch.device | str | None,
+        call: Callable[..., Any],
     ) -> None:
         self.num_read = 0
         self.exhausted = False
-        self.length = len(loader) if isinstance(loader, Sized) else None
-        self._batches = read_batches(
-            loader, max_batches=max_batches, progress=progress, device=device
-        )
+        self._loader = loader
+        self._max_batches = max_batches
+        self._progress = progress
+        self._device = device
+        self._call = call
+        self._batches = self._iterate()
+
+    @cached_property
+    def length(self) -> int | None:
+        """How many batches the loader says it has; None where it does not say."""
+        try:
+            return len(self._loader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            # A DataLoader over an IterableDataset has a __len__, which raises.
+            return None
 
     def read(self, until: float = math.inf) -> Iterator[Any]:
         """Yield batches until so many have been read in all, or there are no more."""
         while self.num_read < until:
-            batch = next(self._batches, _NO_MORE)
+            batch = self._call(next, self._batches, _NO_MORE)
             if batch is _NO_MORE:
                 self.exhausted = True
                 return
@@ -74,6 +75,46 @@ class Reader:
     def close(self) -> None:
         """Stop reading, and take the progress bar away."""
         self._batches.close()
+
+    def _iterate(self) -> Generator[Any, None, None]:
+        known = [x for x in (self.length, self._max_batches) if x is not None]
+        total = min(known, default=None)
+        bar = tqdm(total=total, desc="batch-norm statistics", disable=not self._progress)
+        with bar:
+            for batch in islice(self._loader, self._max_batches):
+                yield move_to(batch, self._device)
+                bar.update()
+
+
+class BatchCounts(NamedTuple):
+    """How many batches were read; over all processes, once their counts are summed.
+
+    Attributes:
+        num_read: batches read.
+        num_skipped: of these, left out because their statistics were not finite.
+        length: batches that there are; NaN where a loader does not say.
+        num_exhausted: processes that have no more.
+    """
+
+    num_read: float
+    num_skipped: float
+    length: float
+    num_exhausted: float
+
+    @classmethod
+    def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
+        """Return what one process has read."""
+        length = math.nan if reader.length is None else reader.length
+        return cls(reader.num_read, num_skipped, length, reader.exhausted)
+
+    @property
+    def fraction(self) -> float:
+        """Which part of a finite population was sampled; 0 where that is not known.
+
+        All of it is no sample: what standard errors still speak of then is whatever the
+        population itself was drawn from.
+        """
+        return self.num_read / self.length if self.num_read < self.length else 0
 
 
 _NO_MORE = object()
@@ -89,9 +130,12 @@ def move_to(batch: Any, device: torch.device | str | None) -> Any:
     if device is None:
         return batch
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        # The other way round the host would read what has not arrived yet.
+        return batch.to(device, non_blocking=batch.device.type == "cpu")
     if isinstance(batch, Mapping):
         return {key: move_to(value, device) for key, value in batch.items()}
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move_to(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
@@ -99,20 +143,80 @@ def move_to(batch: Any, device: torch.device | str | None) -> Any:
     return batch
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a tensor, on the first element of a sequence, or on keyword arguments."""
+class DefaultForward:
+    """Calls a model on a tensor, on the first element of a sequence, or on keyword arguments.
+
+    An error of the model is given a note on how it was called, until a call succeeds.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._has_succeeded = False
+
+    def __call__(self, batch: Any) -> None:
+        """Run the model on a batch."""
+        positional, keywords = _arguments(batch)
+        try:
+            self._model(*positional, **keywords)
+        except BnstatsError:
+            raise
+        except Exception as error:
+            if not self._has_succeeded:
+                _add_note(error, self._note(positional, keywords))
+            raise
+        self._has_succeeded = True
+
+    def _note(self, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
+        named = (f"{key}={_describe(value)}" for key, value in keywords.items())
+        arguments = ", ".join([*map(_describe, positional), *named])
+        return (
+            f"bnstats called {type(self._model).__name__}({arguments}) on a batch of the loader; "
+            "if that is not how the model takes it, pass forward=lambda model, batch: ..."
+        )
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the positional and the keyword arguments that a batch stands for."""
     if isinstance(batch, Tensor):
-        return model(batch)
+        return (batch,), {}
     if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        if not batch:
-            raise InvalidValueError("a batch is an empty sequence: expected its input first")
-        return default_forward(model, batch[0])
-    raise InvalidTypeError(
-        "expected a batch to be a tensor, a sequence that begins with one, or a mapping of "
-        f"keyword arguments, got {type(batch).__name__}; pass forward=lambda model, batch: ..."
-    )
+        return (), batch
+    if not _is_sequence(batch):
+        raise InvalidTypeError(
+            "expected a batch to be a tensor, a sequence that begins with one, or a mapping of "
+            f"keyword arguments, got {type(batch).__name__}; pass forward=lambda model, batch: ..."
+        )
+    if not batch:
+        raise InvalidValueError("a batch is an empty sequence: expected its input first")
+    first = batch[0]
+    if _is_sequence(first):
+        inputs = [x for x in first if isinstance(x, Tensor) and x.is_floating_point()]
+        if len(inputs) > 1:
+            raise InvalidTypeError(
+                f"a batch begins with a {type(first).__name__} of {len(inputs)} floating-point "
+                "tensors, and which of them the model takes is not known; pass "
+                "forward=lambda model, batch: ..., for example model(batch[0]) or "
+                "[model(view) for view in batch[0]]"
+            )
+    return _arguments(first)
 
 
-Forward = Callable[[nn.Module, Any], Any]
+def _is_sequence(value: Any) -> bool:
+    # What can move itself (PackedSequence) has more to it than its elements.
+    return isinstance(value, (tuple, list)) and not hasattr(value, "to")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _add_note(error: Exception, note: str) -> None:
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10, where pytest and IPython show it all the same
+        error.__notes__ = [*getattr(error, "__notes__", []), note]

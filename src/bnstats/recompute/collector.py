@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnstats.errors import NonFiniteStatisticsError, TooFewValuesError
+from bnstats.errors import NonFiniteStatisticsError
 from bnstats.moments import Moments
-from bnstats.recompute.batches import Reader
-from bnstats.recompute.estimators import ESTIMATORS, Estimator
-from bnstats.recompute.stage import Seen, StagedLayer
-from bnstats.recompute.task import Tally, Task
+from bnstats.recompute.batches import BatchCounts, Reader
+from bnstats.recompute.estimators import Estimate, Estimator
+from bnstats.recompute.layer_stats import with_eps
+from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
+from bnstats.recompute.population import PopulationStats
+from bnstats.recompute.results import population_stats
+from bnstats.recompute.task import Task
+
+FIRST_CHECK = 8
+"""Batches before the errors are first checked: the spread of fewer says little of them."""
 
 
 class Collector:
     """One estimator for several layers, their channels laid end to end.
 
-    So laid, what the layers saw of a batch is taken in by a handful of operations, however many
+    So laid, what the layers saw of a batch is merged in by a handful of operations, however many
     layers there are.
 
     Args:
@@ -31,97 +39,171 @@ class Collector:
         num_skipped: batches left out so far.
     """
 
-    def __init__(self, task: Task, layers: Sequence[StagedLayer]) -> None:
+    def __init__(self, task: Task, layers: Sequence[ObservedLayer]) -> None:
         self.num_skipped = 0
         self._task = task
         self.layers = layers
         self._num_batches = 0
         self._channels = [layer.num_features for layer in layers]
         self._corrections = [task.correction_of(layer) for layer in layers]
-        self._seen: dict[StagedLayer, Seen] = {}
-        self._nothing = task.like.new_zeros(sum(self._channels))
-        devices = {layer.module.running_mean.device for layer in layers}  # type: ignore[union-attr]
-        self._elsewhere = devices != {self._nothing.device}
-        self._expanded: tuple[list[int], Tensor] = ([], torch.empty(0))
+        self._moments: dict[ObservedLayer, LayerMoments] = {}
+        self._zeros = task.like.new_zeros(sum(self._channels))
+        self._several_devices = {x.running_mean.device for x in layers} != {self._zeros.device}
+        self._expanded: tuple[list[int], Tensor] = ([], self._zeros)
         self._estimator = self._new_estimator()
 
-    def visit(self, layer: StagedLayer, input: Tensor) -> None:
-        """Take the moments of one call; the layer normalizes with this call's own."""
-        seen = layer.observe(input)
-        layer.normalize_with(seen.mean, seen.m2 / max(seen.num_values, 1))
-        self.take(layer, seen)
+    def on_input(self, layer: ObservedLayer, input: Tensor) -> None:
+        """Add the moments of one call, and let the layer normalize with them."""
+        moments = layer.moments_of(input)
+        layer.normalize_with_batch(moments)
+        self.add(layer, moments)
 
-    def take(self, layer: StagedLayer, seen: Seen) -> None:
-        """Take the moments of one call."""
-        if self._elsewhere:
-            seen = Seen(seen.num_values, *(x.to(self._nothing.device) for x in seen[1:]))
-        before = self._seen.get(layer)
-        self._seen[layer] = seen if before is None else before.merge(seen)
+    def add(self, layer: ObservedLayer, moments: LayerMoments) -> None:
+        """Add the moments of one call."""
+        if self._several_devices:
+            moments = moments.to(self._zeros.device)
+        before = self._moments.get(layer)
+        self._moments[layer] = moments if before is None else before.merge(moments)
 
-    def close_batch(self) -> None:
-        """Take in what the layers saw of a batch: all of it, or nothing."""
-        unseen = zip(self.layers, self._nothing.split(self._channels), strict=True)
-        seen = [self._seen.get(layer, Seen(0, zeros, zeros)) for layer, zeros in unseen]
-        flat = torch.cat([x.mean for x in seen] + [x.m2 for x in seen])
+    def end_batch(self) -> None:
+        """Merge in what the layers saw of a batch: all of it, or nothing."""
+        unseen = zip(self.layers, self._zeros.split(self._channels), strict=True)
+        moments = [self._moments.get(x, LayerMoments(0, zeros, zeros)) for x, zeros in unseen]
+        flat = torch.cat([x.mean for x in moments] + [x.m2 for x in moments])
         # The sum is the cheaper question; that of finite numbers can be infinite.
         if math.isfinite(flat.sum()) or flat.isfinite().all():
-            counts = [x.num_values for x in seen]
-            self._check_enough_values(counts)
+            counts = [x.num_values for x in moments]
             self._estimator.add(Moments(self._expand(counts), *flat.view(2, -1)))
-        elif self._task.skip_nonfinite:
+        elif self._task.options.on_nonfinite == "skip":
             self.num_skipped += 1
         else:
             self._raise_nonfinite()
         self._num_batches += 1
-        self._seen = {}
+        self._moments = {}
+
+    def empty_state(self) -> Tensor:
+        """Return a tensor like every state, which takes no memory."""
+        num_rows = len(self._estimator.state())
+        return self._zeros.new_zeros(()).expand(
+            len(BatchCounts._fields) + num_rows * len(self._zeros)
+        )
 
     def state(self, reader: Reader) -> Tensor:
-        """Return all that was collected, and how many batches that were, as one vector."""
-        tally = Tally.of(reader, self.num_skipped)
-        return torch.cat([self._nothing.new_tensor(tally), self._estimator.state().flatten()])
+        """Return all that was collected, and from how many batches, as one vector."""
+        counts = BatchCounts.of(reader, self.num_skipped)
+        return torch.cat([self._zeros.new_tensor(counts), self._estimator.state().flatten()])
 
-    def together(self, states: Tensor) -> tuple[Tally, Estimator]:
-        """Return the tally and the estimator of all processes, from their states."""
-        tally = Tally(*states[:, : len(Tally._fields)].sum(0).tolist())
+    def merge_states(self, states: Tensor) -> tuple[BatchCounts, Estimator]:
+        """Return the counts and the estimator of all processes, from their states."""
+        width = len(BatchCounts._fields)
+        counts = BatchCounts(*states[:, :width].sum(0).tolist())
         if len(states) == 1:
-            return tally, self._estimator
+            return counts, self._estimator
         estimator = self._new_estimator()
-        width = sum(self._channels)
         for state in states:
-            estimator.absorb(state[len(Tally._fields) :].unflatten(0, (-1, width)))
-        return tally, estimator
+            estimator.merge_state(state[width:].unflatten(0, (-1, len(self._zeros))))
+        return counts, estimator
 
     def _new_estimator(self) -> Estimator:
-        make = ESTIMATORS.get(self._task.method, ESTIMATORS["pooled"])
-        return make(self._expand(self._corrections), self._nothing)
+        return self._task.method.estimator(self._expand(self._corrections), self._zeros)
 
     def _expand(self, numbers: list[int]) -> Tensor:
         """Return one number per layer as one per channel; the last answer is kept."""
         if self._expanded[0] != numbers:
-            values = torch.tensor(numbers, dtype=self._nothing.dtype)
-            values = values.repeat_interleave(torch.tensor(self._channels))
-            self._expanded = (list(numbers), values.to(self._nothing.device))
+            values = torch.tensor(numbers, dtype=self._zeros.dtype, device="cpu")
+            values = values.repeat_interleave(torch.tensor(self._channels, device="cpu"))
+            self._expanded = (list(numbers), values.to(self._zeros.device))
         return self._expanded[1]
 
-    def _check_enough_values(self, counts: list[int]) -> None:
-        if not self._estimator.averages_variances:
-            return
-        for layer, count, correction in zip(self.layers, counts, self._corrections, strict=True):
-            if 0 < count <= correction:
-                raise TooFewValuesError(
-                    f"layer '{layer.name}' saw {count} value per channel in batch "
-                    f"{self._num_batches}: an unbiased batch variance needs two; use "
-                    'method="pooled", which needs no batch variance, or correction=0'
-                )
-
     def _raise_nonfinite(self) -> None:
-        names = [
-            layer.name
-            for layer, seen in self._seen.items()
-            if not (seen.mean + seen.m2).isfinite().all()
-        ]
+        names = [x.name for x, moments in self._moments.items() if not moments.is_finite()]
         raise NonFiniteStatisticsError(
             f"batch {self._num_batches} (counted from 0) has non-finite statistics in "
             f"{len(names)} layers, the first '{names[0]}', all: {', '.join(map(repr, names))}; "
             'mend the data or pass on_nonfinite="skip"; the model is as it was'
         )
+
+
+def one_pass(task: Task) -> PopulationStats:
+    """Measure with ``"pooled"``, ``"batch_average"`` or ``"ema"``."""
+    collector = Collector(task, task.layers)
+    with observed(task.model, task.layers, collector.on_input):
+        counts, estimate = collect(task, collector, task.forward, progress=task.options.progress)
+    return population_stats(task, counts, estimate)
+
+
+def collect(
+    task: Task,
+    collector: Collector,
+    forward: Callable[[Any], object],
+    *,
+    prepare: Callable[[], None] = lambda: None,
+    progress: bool = False,
+) -> tuple[BatchCounts, Estimate]:
+    """Read the loader until its end, or until the errors are at most the task's tolerance.
+
+    Args:
+        task: what is measured; with others, together.
+        collector: observes the layers in the forwards.
+        forward: from a batch to a forward of the model.
+        prepare: is called before, where an error of one process is shared with the others.
+        progress: show a progress bar.
+    """
+    with closing(task.reader(progress=progress)) as reader:
+        for until in batches_before_checks(task.options.tolerance):
+            with task.peers.exchange(collector.empty_state()) as exchange:
+                if not reader.num_read:
+                    prepare()
+                for batch in task.read(reader, until):
+                    task.interrupts.call(forward, batch)
+                    collector.end_batch()
+                exchange.send(collector.state(reader))
+            counts, estimator = collector.merge_states(exchange.results)
+            estimate = estimator.estimate(counts.fraction)
+            if counts.num_exhausted == task.peers.size:
+                break
+            if within_tolerance(estimate, collector.layers, task.options.tolerance):
+                break
+    return counts, estimate
+
+
+def batches_before_checks(tolerance: float | None) -> Iterator[float]:
+    """Yield after how many batches to check the errors: every 4th, then an eighth part more.
+
+    A check costs as much as merging in some ten batches' moments; so seldom, it is not felt.
+    """
+    if tolerance is not None:
+        num_batches = FIRST_CHECK
+        while True:
+            yield num_batches
+            num_batches += max(4, num_batches // 8)
+    yield math.inf
+
+
+def within_tolerance(
+    estimate: Estimate, layers: Sequence[ObservedLayer], tolerance: float | None
+) -> bool:
+    """Whether the standard errors of every layer are at most the tolerance.
+
+    Of the mean in standard deviations, of the variance relative, both with eps in the variance
+    as in :class:`bnstats.Drift`, and each as its root mean square over the layer's channels.
+    Layers that no batch has reached yet do not count.
+
+    Args:
+        estimate: of the layers, their channels laid end to end.
+        layers: the layers.
+        tolerance: the largest standard error that will do; with None none will.
+    """
+    if tolerance is None:
+        return False
+    columns = zip(*(part.split([x.num_features for x in layers]) for part in estimate), strict=True)
+    errors = []
+    for layer, column in zip(layers, columns, strict=True):
+        part = Estimate(*column)
+        square = with_eps(part.var, layer.module.eps)
+        of_mean = (part.mean_stderr.square() / square).mean()
+        of_var = (part.var_stderr / square).square().mean()
+        reached = part.num_values[0] > 0
+        errors += [torch.where(reached, of_mean, 0), torch.where(reached, of_var, 0)]
+    # NaN, from a single batch, compares as too large.
+    return bool((torch.stack(errors) <= tolerance**2).all())

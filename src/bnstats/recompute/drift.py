@@ -2,76 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-if TYPE_CHECKING:
-    from bnstats.recompute.population import LayerStats, PopulationStats
-
-
-class RunningStats(NamedTuple):
-    """A layer's running mean and variance, each of shape (C,).
-
-    Example:
-        >>> import torch, bnstats
-        >>> bnstats.RunningStats.of(torch.nn.BatchNorm1d(2)).var.tolist()
-        [1.0, 1.0]
-    """
-
-    mean: Tensor
-    var: Tensor
-
-    @classmethod
-    def of(cls, layer: _BatchNorm) -> RunningStats:
-        """Return a copy of a layer's running statistics."""
-        assert layer.running_mean is not None and layer.running_var is not None
-        return cls(layer.running_mean.clone(), layer.running_var.clone())
-
-    @torch.no_grad()
-    def write_to(self, layer: _BatchNorm) -> None:
-        """Copy the values into the layer's own buffers."""
-        assert layer.running_mean is not None and layer.running_var is not None
-        layer.running_mean.copy_(self.mean)
-        layer.running_var.copy_(self.var)
-
-
-def write_all(
-    layers: Mapping[str, _BatchNorm],
-    after: Mapping[str, LayerStats],
-    before: Mapping[str, RunningStats],
-) -> None:
-    """Write the statistics of all layers; if one fails, what was before is back in all."""
-    try:
-        for name, layer in layers.items():
-            RunningStats(after[name].mean, after[name].var).write_to(layer)
-    except BaseException:
-        for name, layer in layers.items():
-            before[name].write_to(layer)
-        raise
+from bnstats.recompute.layer_stats import LayerStats, RunningStats, with_eps
+from bnstats.traversal import ByLayer
 
 
 class Drift(NamedTuple):
     """How far a layer's running statistics are from the population's; each of shape (C,).
 
+    Measured in what evaluation divides by, the root of ``var + eps``, so that a channel counts
+    by what it does to the layer's output, and one without variance (a dead one) is finite::
+
+        mean_shift = (running_mean - mean) / sqrt(var + eps)
+        var_ratio  = (running_var + eps) / (var + eps)
+        kl         = (log(var_ratio) + 1 / var_ratio - 1
+                      + (running_mean - mean)^2 / (running_var + eps)) / 2
+
     Attributes:
-        mean_shift: running mean minus population mean, in population standard deviations.
+        mean_shift: running mean minus population mean, in standard deviations.
         var_ratio: running variance over population variance.
         kl: Kullback-Leibler divergence, in nats, of the Gaussian with the running statistics
             from the Gaussian with the population's: ``KL(population || running)``.
 
     Example:
         >>> import torch, bnstats
-        >>> layer = torch.nn.BatchNorm1d(1)
-        >>> data = torch.tensor([[3.0], [5.0], [7.0]])
+        >>> layer = torch.nn.BatchNorm1d(2)
+        >>> data = torch.tensor([[3.0, 0.0], [5.0, 0.0], [7.0, 0.0]])  # the second one is dead
         >>> stats = bnstats.measure_population_stats(layer, [data])
         >>> drift = stats.drift_from(layer)[""]
-        >>> drift.mean_shift.item(), drift.var_ratio.item()
-        (-2.5, 0.25)
+        >>> [[round(value, 3) for value in values.tolist()] for values in drift[:2]]
+        [[-2.5, 0.0], [0.25, 100001.0]]
     """
 
     mean_shift: Tensor
@@ -82,108 +48,74 @@ class Drift(NamedTuple):
 def compare(
     running: Mapping[str, RunningStats], population: Mapping[str, LayerStats]
 ) -> dict[str, Drift]:
-    """Return how far the running statistics of layers are from their populations'.
-
-    A channel of no variance compares as equal (0, 1, 0) where the running value is the same,
-    else as infinitely far.
-    """
+    """Return how far the running statistics of layers are from their populations'."""
     if not running:
-        return {}
+        return ByLayer()
     stats = [population[name] for name in running]
     mean, var = (torch.cat([getattr(x, kind) for x in stats]) for kind in RunningStats._fields)
     # All layers at once, their channels laid end to end.
     columns = zip(*running.values(), strict=True)
     before = RunningStats(*(torch.cat([x.to(mean) for x in column]) for column in columns))
-    moved = _drift(before, mean, var)
+    eps = torch.cat([torch.full_like(x.var, x.eps) for x in stats])
+    moved = _drift(before, mean, var, eps)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
     # Clones: a layer's own is not to keep that of all layers.
-    return {
-        name: Drift(*(values.clone() for values in part))
+    return ByLayer(
+        (name, Drift(*(values.clone() for values in part)))
         for name, part in zip(running, parts, strict=True)
-    }
+    )
 
 
-def _drift(running: RunningStats, mean: Tensor, var: Tensor) -> Drift:
+def _drift(running: RunningStats, mean: Tensor, var: Tensor, eps: Tensor) -> Drift:
     difference = running.mean - mean
-    same_var = running.var == var
-    shift = torch.where(difference == 0, 0, difference / var.sqrt())
-    ratio = torch.where(same_var, 1, running.var / var)
-    squared = torch.where(difference == 0, 0, difference.square() / running.var)
-    kl = (ratio.log() + torch.where(same_var, 1, var / running.var) + squared - 1) / 2
-    return Drift(shift, ratio, kl)
-
-
-@dataclass(frozen=True, eq=False)
-class Recalibration:
-    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
-
-    Attributes:
-        before: the running statistics that each layer had.
-        after: the population statistics that it has now, with their standard errors.
-        drift: how far the former were from the latter.
-
-    Example:
-        >>> import torch, bnstats
-        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
-        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
-        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
-        (0.0, 4.0)
-        >>> result.undo()
-        >>> model[0].running_mean.item()
-        0.0
-    """
-
-    before: Mapping[str, RunningStats]
-    after: PopulationStats
-    drift: Mapping[str, Drift]
-    _layers: Mapping[str, _BatchNorm] = field(repr=False)
-
-    def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit."""
-        for name, running in self.before.items():
-            running.write_to(self._layers[name])
-
-    def worst_first(self) -> list[str]:
-        """Return the layers' names by their mean divergence, the largest first."""
-        return worst_first(self.drift)
-
-    def __str__(self) -> str:
-        """Return a table of the layers, the one with the largest divergence first."""
-        skipped = self.after.num_skipped
-        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
-        if skipped:
-            head += f", {skipped} batches with non-finite statistics skipped"
-        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
+    running_square, square = with_eps(running.var, eps), with_eps(var, eps)
+    ratio = running_square / square
+    kl = ratio.log() + 1 / ratio - 1 + difference.square() / running_square
+    return Drift(difference / square.sqrt(), ratio, kl.clamp(min=0) / 2)
 
 
 def worst_first(drifts: Mapping[str, Drift]) -> list[str]:
-    """Return the layers' names by their mean divergence, the largest first."""
-    return sorted(drifts, key=lambda name: -_mean(drifts[name].kl))
+    """Return the layers' names by their mean divergence, the largest first, NaN before all."""
+    divergences = {name: _mean(drift.kl.nan_to_num(nan=math.inf)) for name, drift in drifts.items()}
+    return sorted(divergences, key=lambda name: -divergences[name])
 
 
 def table(stats: Mapping[str, LayerStats], drifts: Mapping[str, Drift]) -> str:
-    """Return a table of the layers, the one with the largest divergence first."""
+    """Return a table of the layers, the one with the largest divergence first.
+
+    Dead channels are counted in a column of their own, where there are some.
+    """
     width = max(len("layer"), *map(len, drifts))
+    dead = any(bool(stats[name].dead.any()) for name in drifts)
     title = (
-        f"{'layer':<{width}}  {'channels':>8}  {'values':>12}  {'mean shift, sd':>16}  "
-        f"{'var ratio':>15}  {'KL, nats':>9}  {'stderr, sd':>10}"
+        f"{'layer':<{width}}  {'channels':>8}  {'dead':>6}  {'values':>12}  "
+        f"{'mean shift, sd':>16}  {'var ratio':>15}  {'KL, nats':>9}  {'stderr, sd':>10}"
     )
     units = (
-        f"{'':<{width}}  {'':>8}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
+        f"{'':<{width}}  {'':>8}  {'':>6}  {'per channel':>12}  {'rms':>7}  {'worst':>7}  "
         f"{'least':>7} {'most':>7}  {'mean':>9}  {'rms':>10}"
     )
     rows = [_row(name, stats[name], drifts[name], width) for name in worst_first(drifts)]
-    return "\n".join([title, units, *rows])
+    start = width + len("  channels")
+    shown = [x if dead else x[:start] + x[start + 8 :] for x in [title, units, *rows]]
+    return "\n".join(shown)
 
 
 def _row(name: str, stats: LayerStats, moved: Drift, width: int) -> str:
-    stderr = torch.where(stats.mean_stderr == 0, 0, stats.mean_stderr / stats.var.sqrt())
+    stderr = stats.mean_stderr / with_eps(stats.var, stats.eps).sqrt()
     return (
-        f"{name:<{width}}  {stats.num_features:>8}  {stats.count:>12,}  "
-        f"{_rms(moved.mean_shift):>7.3f}  {moved.mean_shift.abs().max():>7.3f}  "
-        f"{moved.var_ratio.min():>7.3f} {moved.var_ratio.max():>7.3f}  "
+        f"{name:<{width}}  {stats.num_features:>8}  {int(stats.dead.sum()):>6}  "
+        f"{stats.count:>12,}  {_short(_rms(moved.mean_shift))}  "
+        f"{_short(float(moved.mean_shift.abs().max()))}  "
+        f"{_short(float(moved.var_ratio.min()))} {_short(float(moved.var_ratio.max()))}  "
         f"{_mean(moved.kl):>9.2g}  {_rms(stderr):>10.4f}"
     )
+
+
+def _short(value: float) -> str:
+    """Return seven characters: what one dead channel makes is not to widen the table."""
+    text = f"{value:7.3f}"
+    return text if len(text) == 7 else f"{value:7.1e}"
 
 
 def _mean(values: Tensor) -> float:

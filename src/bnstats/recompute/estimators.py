@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bnstats.accumulators import exponential, per_batch, separate
-from bnstats.moments import Moments, Weights, fold
+from bnstats.accumulators import exponential, per_batch
+from bnstats.moments import Moments, Number, Weights, fold
 from bnstats.recompute.spread import Spread
 
 EMA_MOMENTUM = 0.1
@@ -21,7 +21,10 @@ EMA_MOMENTUM = 0.1
 
 
 class Estimate(NamedTuple):
-    """Population statistics per channel, each of shape (C,)."""
+    """Population statistics per channel, each of shape (C,); the spread (C, 3, 3).
+
+    What they say is in :class:`bnstats.LayerStats`.
+    """
 
     num_values: Tensor
     num_batches: Tensor
@@ -29,19 +32,15 @@ class Estimate(NamedTuple):
     var: Tensor
     mean_stderr: Tensor
     var_stderr: Tensor
+    mean_var_cov: Tensor
+    spread: Tensor
 
 
 class Estimator(Protocol):
     """Takes the moments of batches one by one, their counts of shape (C,).
 
     A channel whose count is 0 in a batch does not see that batch.
-
-    Attributes:
-        averages_variances: each batch's own variance is used, so that every batch needs more
-            values than the correction.
     """
-
-    averages_variances: bool
 
     def add(self, batch: Moments) -> None:
         """Take the moments of one more batch."""
@@ -57,8 +56,8 @@ class Estimator(Protocol):
     def state(self) -> Tensor:
         """Return all that was taken so far as one tensor of shape (rows, C)."""
 
-    def absorb(self, state: Tensor) -> None:
-        """Take in what another estimator of the same kind took, from its ``state()``."""
+    def merge_state(self, state: Tensor) -> None:
+        """Merge in what another estimator of the same kind was given, from its ``state()``."""
 
 
 class Pooled:
@@ -71,8 +70,6 @@ class Pooled:
         correction: of shape (C,), subtracted from the count in the variance's divisor.
         like: any float tensor of shape (C,), for its shape, dtype and device.
     """
-
-    averages_variances = False
 
     def __init__(self, correction: Tensor, like: Tensor) -> None:
         self._correction = correction
@@ -96,36 +93,36 @@ class Pooled:
         """Return the pooled statistics without their errors, which cost more."""
         return self._total.mean, self._total.var(self._correction)
 
-    def absorb(self, state: Tensor) -> None:
+    def merge_state(self, state: Tensor) -> None:
         """Merge another one's moments in, by their number of values."""
         self._total = self._total + Moments(*state[:3])
-        self._spread.absorb(state[3:])
+        self._spread.merge_state(state[3:])
 
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return the pooled statistics."""
         count, mean = self._total.count, self._total.mean
         var, biased = self._total.var(self._correction), self._total.var(0)
-        shift = mean - self._spread.reference
-        zeros, ones = torch.zeros_like(mean), torch.ones_like(mean)
+        spread = self._spread.about(mean, biased)
         scale = (1 - fraction) * self._spread.bessel() / count.square()
-        of_mean = self._spread.sum_of_squares(-shift, ones, zeros)
-        of_var = self._spread.sum_of_squares(shift.square() - biased, -2 * shift, ones)
         corrected = count / (count - self._correction)
         return Estimate(
             num_values=count,
             num_batches=self._spread.num_batches,
             mean=mean,
             var=var,
-            mean_stderr=(scale * of_mean).sqrt(),
-            var_stderr=(scale * of_var).sqrt() * corrected,
+            mean_stderr=(scale * spread[1, 1]).clamp(min=0).sqrt(),
+            var_stderr=(scale * spread[2, 2]).clamp(min=0).sqrt() * corrected,
+            mean_var_cov=scale * spread[1, 2] * corrected,
+            spread=spread.permute(2, 0, 1),
         )
 
 
 class Averaged:
     """An average of the batches' means and variances, whatever their sizes.
 
-    The standard errors are the spread between batches times the root of the sum of the
-    squared weights.
+    A batch without a variance, of one value for a correction of 1, counts for the mean alone. The
+    standard errors are the spread between batches times the root of the sum of the squared
+    weights.
 
     Args:
         correction: of shape (C,), subtracted from the count in each batch variance's divisor.
@@ -133,84 +130,109 @@ class Averaged:
         policy: from the number of batches before a new one to its weights.
     """
 
-    averages_variances = True
-
     def __init__(
         self, correction: Tensor, like: Tensor, policy: Callable[[Tensor], Weights]
     ) -> None:
         self._correction = correction
         self._policy = policy
-        self._count, self._mean, self._var, self._squared_weights = like.new_zeros(4, *like.shape)
-        self._spread = Spread(like, about_reference=False)
+        self._count, self._mean, self._var = like.new_zeros(3, *like.shape)
+        self._mean_squares, self._var_squares = like.new_zeros(2, *like.shape)  # of the weights
+        self._of_means = Spread(like, about_reference=False)
+        self._of_vars = Spread(like, about_reference=False)  # of the batches that have one
 
     def add(self, batch: Moments) -> None:
         """Average the batch in."""
-        present = batch.count > 0
-        var = torch.where(present, batch.var(self._correction), 0)
-        weights = self._policy(self._spread.num_batches)
-        mean, new_var = fold(self._mean, self._var, batch.mean, var, weights)
-        weight = 1 / weights.size
-        squares = (1 - weight) ** 2 * self._squared_weights + weight**2
-        self._mean = torch.where(present, mean, self._mean)
-        self._var = torch.where(present, new_var, self._var)
-        self._squared_weights = torch.where(present, squares, self._squared_weights)
+        with_mean, with_var = batch.count > 0, batch.count > self._correction
+        var = torch.where(with_var, batch.var(self._correction), 0)
+        for_mean = self._policy(self._of_means.num_batches).size
+        for_var = self._policy(self._of_vars.num_batches).size
+        self._fold(batch.mean, var, for_mean, for_var, with_mean, with_var)
         self._count = self._count + batch.count
-        self._spread.add(self._spread.offset(batch), var, present.to(var.dtype))
+        offset = self._of_means.offset(batch)
+        self._of_vars.reference = self._of_means.reference
+        self._of_means.add(offset, torch.zeros_like(var), with_mean.to(var.dtype))
+        self._of_vars.add(offset, var, with_var.to(var.dtype))
 
     def state(self) -> Tensor:
-        """Return the averages and the spread, (12, C)."""
-        averages = [self._count, self._mean, self._var, self._squared_weights]
-        return torch.cat([torch.stack(averages), self._spread.state()])
+        """Return the averages and the spreads, (21, C)."""
+        averages = [self._count, self._mean, self._var, self._mean_squares, self._var_squares]
+        return torch.cat([torch.stack(averages), self._of_means.state(), self._of_vars.state()])
 
-    def absorb(self, state: Tensor) -> None:
+    def merge_state(self, state: Tensor) -> None:
         """Average another one's averages in, each by its number of batches.
 
         Of averages with equal weights that is the average over all batches. A moving average
-        knows no such merge, and has an empty state alone to absorb into.
+        knows no such merge, and merges into an empty state alone.
         """
-        count, mean, var, squared_weights = state[:4]
-        batches = self._spread.num_batches + state[4]
-        weight = state[4] / batches.clamp(min=1)
-        self._mean, self._var = fold(self._mean, self._var, mean, var, separate(1 / weight))
-        squares = (1 - weight) ** 2 * self._squared_weights + weight**2 * squared_weights
-        self._squared_weights = squares
+        count, mean, var, mean_squares, var_squares = state[:5]
+        of_means, of_vars = state[5:].chunk(2)
+        with_mean, with_var = of_means[0] > 0, of_vars[0] > 0
+        for_mean, for_var = (
+            (mine.num_batches + theirs[0]) / theirs[0]
+            for mine, theirs in ((self._of_means, of_means), (self._of_vars, of_vars))
+        )
+        self._fold(mean, var, for_mean, for_var, with_mean, with_var, mean_squares, var_squares)
         self._count = self._count + count
-        self._spread.absorb(state[4:])
+        self._of_means.merge_state(of_means)
+        self._of_vars.merge_state(of_vars)
+
+    def _fold(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        for_mean: Number,
+        for_var: Number,
+        with_mean: Tensor,
+        with_var: Tensor,
+        mean_squares: Number = 1.0,
+        var_squares: Number = 1.0,
+    ) -> None:
+        """Take a mean and a variance in, each of a size of its own and where there is one."""
+        new_mean, new_var = fold(self._mean, self._var, mean, var, Weights(for_mean, for_var))
+        self._mean = torch.where(with_mean, new_mean, self._mean)
+        self._var = torch.where(with_var, new_var, self._var)
+        squares = (1 - 1 / for_mean) ** 2 * self._mean_squares + mean_squares / for_mean**2
+        self._mean_squares = torch.where(with_mean, squares, self._mean_squares)
+        squares = (1 - 1 / for_var) ** 2 * self._var_squares + var_squares / for_var**2
+        self._var_squares = torch.where(with_var, squares, self._var_squares)
 
     def estimate(self, fraction: float = 0) -> Estimate:
-        """Return the averages."""
-        batches = self._spread.num_batches
-        zeros, ones = torch.zeros_like(batches), torch.ones_like(batches)
-        # The spread is taken about the plain average; the policy's average may be off it.
-        offset, var = self._spread.matrix[0, 1:] / batches
-        of_mean = self._spread.sum_of_squares(-offset, ones, zeros)
-        of_var = self._spread.sum_of_squares(-var, zeros, ones)
-        squared_weights = (self._squared_weights - fraction / batches).clamp(min=0)
-        scale = self._spread.bessel() / batches * squared_weights
+        """Return the averages; the variance is NaN where no batch has one."""
+        # The spread is taken about the plain averages; the policy's may be off them.
+        mean = self._of_means.reference + self._of_means.average()[0]
+        var = self._of_vars.average()[1]
+        spread = self._of_means.about(mean, torch.zeros_like(mean))
+        of_vars = self._of_vars.about(mean, var)
+        spread[2], spread[:, 2] = of_vars[2], of_vars[:, 2]
+        of_mean = self._scale(self._of_means, self._mean_squares, fraction)
+        of_var = self._scale(self._of_vars, self._var_squares, fraction)
         return Estimate(
             num_values=self._count,
-            num_batches=batches,
+            num_batches=self._of_means.num_batches,
             mean=self._mean,
-            var=self._var,
-            mean_stderr=(scale * of_mean).sqrt(),
-            var_stderr=(scale * of_var).sqrt(),
+            var=torch.where(self._of_vars.num_batches > 0, self._var, torch.nan),
+            mean_stderr=(of_mean * spread[1, 1]).clamp(min=0).sqrt(),
+            var_stderr=(of_var * spread[2, 2]).clamp(min=0).sqrt(),
+            mean_var_cov=of_mean * spread[1, 2],
+            spread=spread.permute(2, 0, 1),
         )
 
+    @staticmethod
+    def _scale(spread: Spread, squares: Tensor, fraction: float) -> Tensor:
+        """Return what makes a sum of squares the squared error of the average."""
+        squares = (squares - fraction / spread.num_batches).clamp(min=0)
+        return spread.bessel() / spread.num_batches * squares
 
-def _average(correction: Tensor, like: Tensor) -> Estimator:
+
+def averaged(correction: Tensor, like: Tensor) -> Averaged:
+    """Return the estimator of ``"batch_average"``."""
     return Averaged(correction, like, per_batch)
 
 
-def _moving_average(correction: Tensor, like: Tensor) -> Estimator:
+def moving_average(correction: Tensor, like: Tensor) -> Averaged:
+    """Return the estimator of ``"ema"``."""
+
     def policy(num_batches: Tensor) -> Weights:
         return exponential(num_batches, EMA_MOMENTUM, pooled=False)
 
     return Averaged(correction, like, policy)
-
-
-ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Estimator]] = {
-    "pooled": Pooled,
-    "batch_average": _average,
-    "ema": _moving_average,
-}
-"""The estimator of each method, made from (correction, like)."""

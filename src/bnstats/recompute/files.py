@@ -1,15 +1,18 @@
-"""Statistics files: numpy's npz, versioned, without pickle."""
+"""Statistics files: numpy's npz, versioned, without pickle; written whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import secrets
+import shutil
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -19,64 +22,112 @@ from bnstats.errors import StatsFileError
 
 _FORMAT = "bnstats population statistics"
 _VERSION = 1
-_DAMAGE = (
-    AttributeError,
-    EOFError,
-    KeyError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What numpy and zipfile raise for files that are cut off, altered, or something else."""
+
+Values: TypeAlias = dict[str, Tensor | int | float]
+"""What a layer has, by the names of its fields."""
 
 
 def save(
-    path: str | os.PathLike[str],
-    header: Mapping[str, Any],
-    layers: Mapping[str, Mapping[str, Any]],
+    path: str | os.PathLike[str], header: Mapping[str, Any], layers: Mapping[str, Values]
 ) -> None:
     """Write a header and each layer's tensors and numbers, atomically."""
-    header = {"format": _FORMAT, "version": _VERSION, "layers": list(layers), **header}
+    every = list(layers.values())
+    described = {"format": _FORMAT, "version": _VERSION, "layers": list(layers)}
+    header = {**described, "fields": list(every[0]) if every else [], **header}
     arrays: dict[str, Any] = {"header": np.asarray(json.dumps(header))} | {
-        f"{index}/{key}": value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        for index, layer in enumerate(layers.values())
+        f"{index}/{key}": np.asarray(
+            value.cpu().contiguous() if isinstance(value, Tensor) else value
+        )
+        for index, layer in enumerate(every)
         for key, value in layer.items()
     }
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a new file that takes the place of the path's when the block ends without an error.
+
+    A link stays, and what it points to is replaced. What is no regular file, a pipe or
+    /dev/stdout, cannot be replaced and is written to.
+    """
     target = Path(path)
-    # A neighbour that is moved over the target when it is whole: never half a file.
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    if target.exists() and not target.is_file():
+        with target.open("wb") as file:
+            yield file
+        return
+    target = Path(os.path.realpath(target))
+    # A name of its own: several threads and processes may write to one path.
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays)
+        with part.open("xb") as file:
+            yield file
+        if target.exists():
+            shutil.copymode(target, part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
 
 
 def load(
-    path: str | os.PathLike[str], keys: list[str]
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor | int]]]:
-    """Return the header and each layer's values."""
-    with (
-        malformed(path),
-        Path(path).open("rb") as file,  # np.load would leave a damaged one open
-        np.load(file, allow_pickle=False) as archive,
-    ):
-        header = json.loads(str(archive["header"]))
+    path: str | os.PathLike[str], required: Iterable[str], optional: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Values]]:
+    """Return the header and each layer's values, of the optional ones those that were saved."""
+    with Path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
+        # What is only claimed to be there is not allocated.
+        if sum(info.file_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
+            raise ValueError("it claims to hold more than its own size")
+        header = json.loads(str(_read(archive, "header")))
         if header["format"] != _FORMAT or header["version"] != _VERSION:
             raise ValueError(f"format {header['format']!r}, version {header['version']!r}")
+        names = header["layers"]
+        if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its layers' names are not different strings")
+        saved = header.get("fields", ())  # early files have no optional fields
+        keys = [*required, *(key for key in optional if key in saved)]
         layers = {
-            name: {key: _value(archive[f"{index}/{key}"]) for key in keys}
-            for index, name in enumerate(header["layers"])
+            name: {key: _value(_read(archive, f"{index}/{key}")) for key in keys}
+            for index, name in enumerate(names)
         }
         return header, layers
 
 
-def _value(array: np.ndarray[Any, Any]) -> Tensor | int:
-    return torch.from_numpy(array) if array.ndim else int(array)
+def is_stats_file(path: str | os.PathLike[str]) -> bool:
+    """Whether it is numpy's kind of archive; torch's checkpoints are archives too."""
+    with Path(path).open("rb") as file:
+        try:
+            return "header.npy" in zipfile.ZipFile(file).namelist()
+        except Exception:  # of a damaged one, which its reader will name
+            return False
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
+    """Return an array of numbers, or of a string, as ``np.savez`` writes it."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ValueError(f"{name} is compressed")
+    file = io.BytesIO(archive.read(info))
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"{name} is an array of version {version}")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "iufU" or fortran_order:
+        raise ValueError(f"{name} is an array of {dtype}")
+    content = file.getbuffer()[file.tell() :]
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{name} has {len(content)} bytes for {shape} of {dtype}")
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _value(array: np.ndarray[Any, Any]) -> Tensor | int | float:
+    if array.dtype.kind == "U":
+        raise ValueError("a number is a string")
+    # A copy, that can be written to, in the machine's own byte order.
+    if array.ndim:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    number: int | float = array.item()
+    return number
 
 
 @contextmanager
@@ -84,10 +135,10 @@ def malformed(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what reading a damaged or foreign file raises into one error."""
     try:
         yield
-    except FileNotFoundError:
-        raise
-    except _DAMAGE as error:
+    # zipfile, zlib, numpy's parser of headers and json raise a dozen kinds between them, out of
+    # recursion and memory among these: a list of them is never complete.
+    except Exception as error:
         raise StatsFileError(
             f"{os.fspath(path)}: expected a file that PopulationStats.save wrote (version "
-            f"{_VERSION}), and could not read it as one: {error}"
+            f"{_VERSION}), and could not read it as one: {type(error).__name__}: {error}"
         ) from error

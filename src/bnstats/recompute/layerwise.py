@@ -22,26 +22,26 @@ from bnstats.errors import (
     RepeatedLayerError,
 )
 from bnstats.moments import Moments
-from bnstats.recompute.batches import Reader
-from bnstats.recompute.crew import Crew, Runner
+from bnstats.recompute.batches import BatchCounts, Reader
+from bnstats.recompute.collector import FIRST_CHECK, within_tolerance
 from bnstats.recompute.estimators import Estimate, Pooled
+from bnstats.recompute.forward_threads import ForwardThread, ForwardThreads
+from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import check_enough_values, population_stats
-from bnstats.recompute.stage import Seen, StagedLayer, staged
-from bnstats.recompute.stopping import FIRST_LOOK, precise
-from bnstats.recompute.task import Tally, Task
+from bnstats.recompute.task import Task
 
 
 def layerwise(task: Task) -> PopulationStats:
     """Measure with ``"layerwise"``."""
     with closing(task.reader()) as reader:
         for batches in _portions(task, reader):
-            tally, estimate = _Procession(task, reader).run(batches)
-            if tally.num_exhausted == task.peers.size:
+            counts, estimate = _LayerwisePass(task, reader).run(batches)
+            if counts.num_exhausted == task.peers.size:
                 break
-            if precise(estimate, task.layers, task.tolerance):
+            if within_tolerance(estimate, task.layers, task.options.tolerance):
                 break
-    return population_stats(task, tally, estimate)
+    return population_stats(task, counts, estimate)
 
 
 def _portions(task: Task, reader: Reader) -> Iterator[Iterable[Any]]:
@@ -50,22 +50,22 @@ def _portions(task: Task, reader: Reader) -> Iterator[Iterable[Any]]:
     Statistics of later layers need those of earlier ones complete: more batches mean to start
     over with all of them.
     """
-    if task.tolerance is None:
+    if task.options.tolerance is None:
         yield reader.read()
         return
     kept: list[Any] = []
-    until = FIRST_LOOK
+    until = FIRST_CHECK
     while True:
         kept.extend(reader.read(until))
         yield kept
         until *= 2
 
 
-class _Held(NamedTuple):
+class _Waiting(NamedTuple):
     """What a batch waits with at a layer."""
 
-    layer: StagedLayer
-    seen: Seen
+    layer: ObservedLayer
+    moments: LayerMoments
     num_bytes: int
 
 
@@ -73,7 +73,8 @@ class _Candidate(NamedTuple):
     """Which layer a process would complete next: the least of all is completed.
 
     Attributes:
-        since: the round in which a batch came to wait there; infinite where none waits.
+        since: how many layers were complete when the first batch came to wait there; infinite
+            where none waits.
         position: the layer's position in the task.
     """
 
@@ -81,7 +82,7 @@ class _Candidate(NamedTuple):
     position: float = -1
 
 
-class _Procession:
+class _LayerwisePass:
     """One pass of batches that are held at each layer until its statistics are complete.
 
     When no batch can run, the layer that has waited longest is completed with those that have
@@ -96,164 +97,171 @@ class _Procession:
         # The device of a GPU is kept busy by one; on CPU, forwards with one thread each beat
         # one forward with many.
         on_cpu = task.like.device.type == "cpu"
-        self._places = torch.get_num_threads() if on_cpu else 1
-        self._crew = Crew(self._places)
-        self._complete: dict[StagedLayer, Pooled] = {}
-        self._passed: set[tuple[StagedLayer, int]] = set()
-        self._since: dict[StagedLayer, int] = {}
-        self._num_rounds = 0
+        self._max_running = torch.get_num_threads() if on_cpu else 1
+        self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
+        self._completed: dict[ObservedLayer, Pooled] = {}
+        self._passed: set[tuple[ObservedLayer, int]] = set()
+        self._waits_since: dict[ObservedLayer, int] = {}
+        self._num_completed = 0
         self._num_skipped = 0
         self._bytes_held = 0
         self._lock = threading.Lock()
         widest = max(layer.num_features for layer in task.layers)
-        self._blank = task.like.new_zeros(len(self._new_estimator(task.layers[0]).state()), widest)
+        self._empty_state = task.like.new_zeros(
+            len(self._new_estimator(task.layers[0]).state()), widest
+        )
 
-    def run(self, batches: Iterable[Any]) -> tuple[Tally, Estimate]:
+    def run(self, batches: Iterable[Any]) -> tuple[BatchCounts, Estimate]:
         """Let the batches through."""
         task = self._task
-        bar = tqdm(total=len(task.layers), desc="layers complete", disable=not task.progress)
-        with staged(task.model, task.layers, self._visit), bar:
+        bar = tqdm(
+            total=len(task.layers), desc="layers complete", disable=not task.options.progress
+        )
+        with observed(task.model, task.layers, self._on_input), bar:
             try:
-                tally, completed = self._round(partial(self._start, iter(batches)))
-                while completed:
-                    bar.update()
-                    tally, completed = self._round(self._crew.settle)
+                counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:
-                self._crew.close()
-        estimators = (self._complete.get(x) or self._new_estimator(x) for x in task.layers)
-        columns = zip(*(x.estimate(tally.fraction) for x in estimators), strict=True)
-        return tally, Estimate(*map(torch.cat, columns))
+                self._threads.close()
+        estimators = (self._completed.get(x) or self._new_estimator(x) for x in task.layers)
+        columns = zip(*(x.estimate(counts.fraction) for x in estimators), strict=True)
+        return counts, Estimate(*map(torch.cat, columns))
 
     def _start(self, batches: Iterator[Any]) -> None:
-        """Start a forward of every batch, and go on until each is held or done."""
-        first = list(islice(batches, self._places))
-        self._crew.share_threads(len(first))
+        """Start a forward of every batch."""
+        first = list(islice(batches, self._max_running))
+        self._threads.share_cores(len(first))
         for batch in chain(first, batches):
-            self._crew.start(partial(self._task.forward, batch))
-        self._crew.settle()
+            self._threads.start(partial(self._task.forward, batch))
 
-    def _visit(self, layer: StagedLayer, input: Tensor) -> None:
+    def _advance(self, step: Callable[[], None], progress: Callable[[], object]) -> BatchCounts:
+        """Take the first step, and complete layer after layer until no batch waits.
+
+        All that may fail in one process alone is done inside of an exchange.
+        """
+        width = len(BatchCounts._fields)
+        empty = self._pack(BatchCounts(0, 0, 0, 0), _Candidate())
+        while True:
+            with self._task.peers.exchange(empty) as exchange:
+                step()
+                self._threads.run()
+                exchange.send(self._report())
+            reports = exchange.results
+            candidates = [_Candidate(*row) for row in reports[:, width : width + 2].tolist()]
+            chosen = min(candidates)
+            if chosen == _Candidate():
+                return BatchCounts(*reports[:, :width].sum(0).tolist())
+            layer = self._task.layers[int(chosen.position)]
+            states = reports[:, width + 2 :]
+            if {c.position for c in candidates} - {chosen.position, _Candidate().position}:
+                # Some process would have completed another layer, and has sent the state of that.
+                with self._task.peers.exchange(self._empty_state.flatten()) as exchange:
+                    exchange.send(self._state(layer))
+                states = exchange.results
+            self._num_completed += 1
+            step = partial(self._complete, layer, states.unflatten(1, self._empty_state.shape))
+            progress()
+
+    def _on_input(self, layer: ObservedLayer, input: Tensor) -> None:
         """Hold a batch, called in its own thread, until the layer can normalize it."""
-        runner = self._crew.current
-        if runner is None:
+        thread = self._threads.current
+        if thread is None:
             raise InvalidValueError(
                 f"layer '{layer.name}' runs in a thread that the forward of a batch has started: "
                 'expected the forward to stay in its thread; use method="sweeps"'
             )
-        if (layer, runner.index) in self._passed:
+        if (layer, thread.index) in self._passed:
             error = RepeatedLayerError(
                 f"layer '{layer.name}' runs more than once in one forward: no order of its "
                 'calls completes its statistics in one pass; use method="sweeps", which repeats '
                 "them until nothing moves"
             )
-            self._crew.fail(error)
-        self._passed.add((layer, runner.index))
+            self._threads.fail(error)
+        self._passed.add((layer, thread.index))
         # A batch that comes after the layer was completed is normalized, and no longer counts.
-        if layer not in self._complete:
+        if layer not in self._completed:
             self._count_bytes(layer, input.nbytes)
-            self._since.setdefault(layer, self._num_rounds)
-            self._crew.hold(_Held(layer, layer.observe(input), input.nbytes))
+            self._waits_since.setdefault(layer, self._num_completed)
+            self._threads.wait(_Waiting(layer, layer.moments_of(input), input.nbytes))
 
-    def _count_bytes(self, layer: StagedLayer, num_bytes: int) -> None:
+    def _count_bytes(self, layer: ObservedLayer, num_bytes: int) -> None:
         """Count a batch that is going to be held, against the limit."""
-        limit = self._task.memory_limit
+        limit = self._task.options.memory_limit
         with self._lock:
             self._bytes_held += num_bytes
             if limit is None or self._bytes_held <= limit:
                 return
         error = MemoryLimitError(
-            f"layer '{layer.name}': {len(self._crew.held) + 1} batches hold "
+            f"layer '{layer.name}': {len(self._threads.waiting) + 1} batches hold "
             f"{self._bytes_held:,} bytes of activations, more than memory_limit={limit:,}; "
             'use method="sweeps", which holds none, or fewer batches (max_batches)'
         )
-        self._crew.fail(error)
-
-    def _round(self, run: Callable[[], None]) -> tuple[Tally, bool]:
-        """Run until all batches are held or done, and complete a layer; False if none waits."""
-        peers, width = self._task.peers, len(Tally._fields)
-
-        def report() -> Tensor:
-            run()
-            return self._report()
-
-        reports = peers.gather(report, like=self._pack(Tally(0, 0, 0, 0), _Candidate()))
-        tally = Tally(*reports[:, :width].sum(0).tolist())
-        candidates = [_Candidate(*row) for row in reports[:, width : width + 2].tolist()]
-        chosen = min(candidates)
-        if chosen == _Candidate():
-            return tally, False
-        layer = self._task.layers[int(chosen.position)]
-        states = reports[:, width + 2 :]
-        if {c.position for c in candidates} - {chosen.position, _Candidate().position}:
-            # Some process would have completed another one, and told of that.
-            states = peers.gather(lambda: self._state(layer).flatten(), like=self._blank.flatten())
-        self._finish(layer, states.unflatten(1, self._blank.shape)[..., : layer.num_features])
-        self._num_rounds += 1
-        return tally, True
+        self._threads.fail(error)
 
     def _report(self) -> Tensor:
-        """Return the tally, the candidate and its state as one vector."""
+        """Return the counts, the candidate and its state as one vector."""
         positions = {layer: i for i, layer in enumerate(self._task.layers)}
-        waiting = {runner.held.layer for runner in self._crew.held}
-        candidate = min((_Candidate(self._since[x], positions[x]) for x in waiting), default=None)
+        waiting = {thread.waiting_with.layer for thread in self._threads.waiting}
+        candidate = min(
+            (_Candidate(self._waits_since[x], positions[x]) for x in waiting), default=None
+        )
         if candidate is None:
-            return self._pack(Tally.of(self._reader, self._num_skipped), _Candidate())
+            return self._pack(BatchCounts.of(self._reader, self._num_skipped), _Candidate())
         state = self._state(self._task.layers[int(candidate.position)])
-        return self._pack(Tally.of(self._reader, self._num_skipped), candidate, state)
+        return self._pack(BatchCounts.of(self._reader, self._num_skipped), candidate, state)
 
-    def _pack(self, tally: Tally, candidate: _Candidate, state: Tensor | None = None) -> Tensor:
-        state = self._blank if state is None else state
-        return torch.cat([self._task.like.new_tensor([*tally, *candidate]), state.flatten()])
+    def _pack(
+        self, counts: BatchCounts, candidate: _Candidate, state: Tensor | None = None
+    ) -> Tensor:
+        state = self._empty_state if state is None else state
+        return torch.cat([self._task.like.new_tensor([*counts, *candidate]), state.flatten()])
 
-    def _state(self, layer: StagedLayer) -> Tensor:
+    def _state(self, layer: ObservedLayer) -> Tensor:
         """Return the state of this process's batches at a layer, in their order, padded."""
-        runners = self._held_at(layer)
+        threads = self._waiting_at(layer)
         estimator = self._new_estimator(layer)
-        for runner in runners:
-            count, mean, m2 = runner.held.seen
+        for thread in threads:
+            count, mean, m2 = thread.waiting_with.moments
             mean, m2 = mean.to(self._task.like), m2.to(self._task.like)
             estimator.add(Moments(torch.full_like(mean, float(count)), mean, m2))
         state = estimator.state()
         if not state.isfinite().all():
-            self._refuse_nonfinite(layer, runners)
+            self._refuse_nonfinite(layer, threads)
             return self._state(layer)
-        return F.pad(state, (0, self._blank.shape[1] - layer.num_features))
+        return F.pad(state, (0, self._empty_state.shape[1] - layer.num_features))
 
-    def _finish(self, layer: StagedLayer, states: Tensor) -> None:
+    def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""
         estimator = self._new_estimator(layer)
         for state in states:
-            estimator.absorb(state)
+            estimator.merge_state(state[:, : layer.num_features])
         count = int(states[:, 0, 0].sum())
         if count:
             check_enough_values(layer, count, self._task.correction_of(layer))
             layer.normalize_with(*estimator.mean_and_var())
-            self._complete[layer] = estimator
-        self._crew.release(self._leave(self._held_at(layer)))
-        self._since.pop(layer, None)
+            self._completed[layer] = estimator
+        self._threads.release(self._count_out(self._waiting_at(layer)))
+        self._waits_since.pop(layer, None)
 
-    def _refuse_nonfinite(self, layer: StagedLayer, runners: list[Runner]) -> None:
+    def _refuse_nonfinite(self, layer: ObservedLayer, threads: list[ForwardThread]) -> None:
         """Raise for the batches that are not finite at a layer, or take them out of the pass."""
-        seen = [runner.held.seen for runner in runners]
-        finite = [bool((x.mean + x.m2).isfinite().all()) for x in seen]
-        bad = [runner for runner, is_finite in zip(runners, finite, strict=True) if not is_finite]
-        if not self._task.skip_nonfinite or not bad:
-            indices = ", ".join(str(runner.index) for runner in bad or runners)
+        bad = [thread for thread in threads if not thread.waiting_with.moments.is_finite()]
+        if self._task.options.on_nonfinite == "raise" or not bad:
+            indices = ", ".join(str(thread.index) for thread in bad or threads)
             raise NonFiniteStatisticsError(
                 f"batch {indices} (counted from 0) has non-finite statistics in layer "
                 f"'{layer.name}'; mend the data or pass on_nonfinite=\"skip\"; the model is as "
                 "it was"
             )
         self._num_skipped += len(bad)
-        self._crew.dismiss(self._leave(bad))
+        self._threads.cancel(self._count_out(bad))
 
-    def _leave(self, runners: list[Runner]) -> list[Runner]:
-        self._bytes_held -= sum(runner.held.num_bytes for runner in runners)
-        return runners
+    def _count_out(self, threads: list[ForwardThread]) -> list[ForwardThread]:
+        self._bytes_held -= sum(thread.waiting_with.num_bytes for thread in threads)
+        return threads
 
-    def _held_at(self, layer: StagedLayer) -> list[Runner]:
-        return [runner for runner in self._crew.held if runner.held.layer is layer]
+    def _waiting_at(self, layer: ObservedLayer) -> list[ForwardThread]:
+        return [thread for thread in self._threads.waiting if thread.waiting_with.layer is layer]
 
-    def _new_estimator(self, layer: StagedLayer) -> Pooled:
+    def _new_estimator(self, layer: ObservedLayer) -> Pooled:
         like = self._task.like.new_zeros(layer.num_features)
         return Pooled(torch.full_like(like, self._task.correction_of(layer)), like)

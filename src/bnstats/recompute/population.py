@@ -3,97 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
-from bnstats.moments import Moments
+from bnstats.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    LayerMismatchError,
+    UnknownLayerError,
+    nearest,
+)
 from bnstats.recompute import files
-from bnstats.recompute.drift import Drift, RunningStats, compare, write_all
-from bnstats.traversal import named_batchnorms
-
-
-@dataclass(frozen=True, eq=False)
-class LayerStats:
-    """Population statistics of one layer's input; tensors are float64, of shape (C,).
-
-    Attributes:
-        count: values per channel.
-        num_batches: batches in which the layer saw values.
-        mean: mean per channel; 0 for a layer that keeps its statistics about zero.
-        var: variance per channel, divided by ``count - correction``; the mean square for a
-            layer that keeps its statistics about zero.
-        mean_stderr: standard error of ``mean`` in its own unit, from the spread between
-            batches; NaN with fewer than two batches.
-        var_stderr: the same of ``var``.
-        correction: 1 where ``var`` is unbiased, 0 where it is not.
-
-    Example:
-        >>> import torch, bnstats
-        >>> data = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
-        >>> stats = bnstats.measure_population_stats(torch.nn.BatchNorm1d(1), data.split(2))[""]
-        >>> stats.count, stats.num_batches, stats.mean.item(), stats.mean_stderr.item()
-        (4, 2, 3.0, 1.5)
-    """
-
-    count: int
-    num_batches: int
-    mean: Tensor
-    var: Tensor
-    mean_stderr: Tensor
-    var_stderr: Tensor
-    correction: int = 1
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and value.shape != (self.num_features,):
-                raise InvalidValueError(
-                    f"LayerStats: {field.name}: expected shape ({self.num_features},), got "
-                    f"{tuple(value.shape)}"
-                )
-
-    @property
-    def num_features(self) -> int:
-        """Number of channels, C."""
-        return self.mean.numel()
-
-    @property
-    def moments(self) -> Moments:
-        """The statistics as mergeable moments; meant for pooled ones."""
-        return Moments(
-            torch.tensor(self.count), self.mean, self.var * (self.count - self.correction)
-        )
-
-    def merge(self, other: LayerStats) -> LayerStats:
-        """Return the pooled statistics of the values of both.
-
-        The standard errors are combined as those of two strata: exact where each was measured
-        on its own share of the data.
-        """
-        total = self.moments + other.moments
-        count = int(total.count)
-        mean_error, var_error = torch.zeros_like(self.mean), torch.zeros_like(self.var)
-        for part in (self, other):
-            share = part.count / max(count, 1)
-            shift = part.mean - total.mean
-            mean_error += (share * part.mean_stderr).square()
-            var_error += share**2 * (
-                part.var_stderr.square() + (2 * shift * part.mean_stderr).square()
-            )
-        return replace(
-            self,
-            count=count,
-            num_batches=self.num_batches + other.num_batches,
-            mean=total.mean,
-            var=total.var(self.correction),
-            mean_stderr=mean_error.sqrt(),
-            var_stderr=var_error.sqrt(),
-        )
+from bnstats.recompute.drift import Drift, compare, table, worst_first
+from bnstats.recompute.layer_stats import LayerStats, RunningStats, write_all
+from bnstats.traversal import first_names, named_batchnorms, num_features
 
 
 class PopulationStats(Mapping[str, LayerStats]):
@@ -103,6 +29,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         layers: the statistics by layer name.
         method: how they were taken; see :func:`bnstats.recompute_population_stats`.
         num_skipped: batches left out because their statistics were not finite.
+        frozen: names of layers that were left alone, as they were in evaluation mode in a model
+            that trains.
 
     Example:
         >>> import torch, bnstats
@@ -113,13 +41,21 @@ class PopulationStats(Mapping[str, LayerStats]):
     """
 
     def __init__(
-        self, layers: Mapping[str, LayerStats], *, method: str = "pooled", num_skipped: int = 0
+        self,
+        layers: Mapping[str, LayerStats],
+        *,
+        method: str = "pooled",
+        num_skipped: int = 0,
+        frozen: Iterable[str] = (),
     ) -> None:
         self._layers = dict(layers)
         self.method = method
         self.num_skipped = num_skipped
+        self.frozen = tuple(frozen)
 
     def __getitem__(self, name: str) -> LayerStats:
+        if name not in self._layers:
+            raise UnknownLayerError(name, self._layers)
         return self._layers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -127,6 +63,19 @@ class PopulationStats(Mapping[str, LayerStats]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @property
+    def stderr_is_conditional(self) -> bool:
+        """Whether standard errors are those given the statistics of earlier layers.
+
+        So with ``"layerwise"`` and ``"sweeps"``: an error is what other batches would change if
+        the layers before kept their statistics. These would move as well, with the same batches,
+        and normalization by them takes much of a batch's peculiarity out of what comes later:
+        usually the whole error is smaller, down to a tenth for means and a third for variances
+        (see the tests). What it is takes more than one pass. With the other methods each batch
+        is normalized by itself, and the errors are whole.
+        """
+        return self.method in ("layerwise", "sweeps")
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{name}: {stats.count:,} values" for name, stats in self.items())
@@ -147,20 +96,26 @@ class PopulationStats(Mapping[str, LayerStats]):
     def drift_from(self, model: nn.Module) -> dict[str, Drift]:
         """Return how far the model's running statistics are from these, per layer.
 
+        In what the model's own layers divide by: their eps is in every variance.
+
         Raises:
             LayerMismatchError: a layer is not in the model, or has other channels.
         """
-        running = {name: RunningStats.of(layer) for name, layer in layers_of(self, model).items()}
-        return compare(running, self)
+        layers = layers_of(self, model)
+        running = {name: RunningStats.of(layer) for name, layer in layers.items()}
+        stats = {name: replace(self[name], eps=layer.eps) for name, layer in layers.items()}
+        return compare(running, stats)
 
     def merge(self, other: PopulationStats) -> PopulationStats:
         """Return the statistics over the data of both, for example of two shards.
 
-        A layer that only one of them has is taken as it is.
+        A layer that only one of them has is taken as it is; statistics of no layers change
+        nothing.
 
         Raises:
             InvalidValueError: not both are pooled: averages over batches do not merge.
-            LayerMismatchError: a layer has other channels or another correction in the other.
+            LayerMismatchError: there is no layer in common, or one has other channels or another
+                correction in the other.
         """
         if not isinstance(other, PopulationStats):
             raise InvalidTypeError(f"merge: expected PopulationStats, got {type(other).__name__}")
@@ -168,6 +123,11 @@ class PopulationStats(Mapping[str, LayerStats]):
             raise InvalidValueError(
                 'merge: expected statistics of method "pooled", got '
                 f'"{self.method}" and "{other.method}", which do not merge'
+            )
+        if self and other and self.keys().isdisjoint(other):
+            raise LayerMismatchError(
+                "merge: expected statistics of the same layers, got no layer in common: "
+                f"{first_names(self)} here and {first_names(other)} in the other"
             )
         merged = {**self, **other}
         for name in self.keys() & other.keys():
@@ -179,25 +139,93 @@ class PopulationStats(Mapping[str, LayerStats]):
                     f"{theirs.correction}) in the other"
                 )
             merged[name] = mine.merge(theirs)
-        return PopulationStats(merged, num_skipped=self.num_skipped + other.num_skipped)
+        frozen = dict.fromkeys(self.frozen + other.frozen)  # each once, in their order
+        num_skipped = self.num_skipped + other.num_skipped
+        return PopulationStats(merged, num_skipped=num_skipped, frozen=frozen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a versioned npz file (no pickle), whole or not at all."""
-        header = {"method": self.method, "num_skipped": self.num_skipped}
+        """Write a versioned npz file (no pickle), whole or not at all.
+
+        Through a link: what it points to is replaced.
+
+        Raises:
+            InvalidValueError: a value that no measurement gives, a negative variance for one.
+        """
+        for stats in self.values():
+            stats.check_values()
+        header = {"method": self.method, "num_skipped": self.num_skipped, "frozen": self.frozen}
         files.save(path, header, {name: vars(stats) for name, stats in self.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PopulationStats:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote, an earlier version's too.
 
         Raises:
             StatsFileError: the file is damaged, or something else.
             FileNotFoundError: there is no such file.
         """
-        header, layers = files.load(path, [field.name for field in fields(LayerStats)])
+        optional = [field.name for field in fields(LayerStats) if field.kw_only]
+        required = [field.name for field in fields(LayerStats) if not field.kw_only]
+        header, layers = files.load(path, required, optional)
         with files.malformed(path):
             stats = {name: LayerStats(**values) for name, values in layers.items()}  # type: ignore[arg-type]
-            return cls(stats, method=str(header["method"]), num_skipped=int(header["num_skipped"]))
+            for layer in stats.values():
+                layer.check_values()
+            method, num_skipped = header["method"], header["num_skipped"]
+            if not isinstance(method, str) or not isinstance(num_skipped, int) or num_skipped < 0:
+                raise ValueError(f"method {method!r}, num_skipped {num_skipped!r}")
+            frozen = header.get("frozen", [])
+            if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+                raise ValueError(f"frozen {frozen!r}")
+            return cls(stats, method=method, num_skipped=num_skipped, frozen=frozen)
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibration:
+    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
+
+    Attributes:
+        before: the running statistics that each layer had.
+        after: the population statistics that it has now, with their standard errors.
+        drift: how far the former were from the latter.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
+        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
+        (0.0, 4.0)
+        >>> result.undo()
+        >>> model[0].running_mean.item()
+        0.0
+    """
+
+    before: Mapping[str, RunningStats]
+    after: PopulationStats
+    drift: Mapping[str, Drift]
+    _layers: Mapping[str, _BatchNorm] = field(repr=False)
+
+    def undo(self) -> None:
+        """Put the running statistics from before back, bit for bit."""
+        for name, running in self.before.items():
+            running.write_to(self._layers[name])
+
+    def worst_first(self) -> list[str]:
+        """Return the layers' names by their mean divergence, the largest first."""
+        return worst_first(self.drift)
+
+    def __str__(self) -> str:
+        """Return a table of the layers, the one with the largest divergence first."""
+        skipped = self.after.num_skipped
+        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
+        if skipped:
+            head += f", {skipped} batches with non-finite statistics skipped"
+        if frozen := self.after.frozen:
+            names = ", ".join(map(repr, frozen))
+            head += f"\nleft alone, in evaluation mode while the model trains: {names}"
+        if self.after.stderr_is_conditional:
+            head += "\nstandard errors are given the statistics of earlier layers"
+        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
 
 
 def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]:
@@ -206,17 +234,52 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
     Raises:
         LayerMismatchError: a layer is not in the model, or has other channels.
     """
-    layers = named_batchnorms(model)
+    layers = named_batchnorms(model, lambda *_: True)
     missing = [name for name in stats if name not in layers]
     if missing:
         raise LayerMismatchError(
             f"these layers are not among the model's {len(layers)} BatchNorm layers with "
-            f"running statistics: {', '.join(map(repr, missing))}"
+            f"running statistics: {_missing(missing, stats, layers)}"
         )
     for name, layer in stats.items():
-        if layers[name].num_features != layer.num_features:
+        channels = num_features(layers[name])
+        if channels != layer.num_features:
             raise LayerMismatchError(
                 f"layer '{name}': the statistics have {layer.num_features} channels, the "
-                f"model's layer has {layers[name].num_features}"
+                f"model's layer has {channels}"
             )
     return {name: layers[name] for name in stats}
+
+
+def _missing(missing: list[str], stats: Collection[str], layers: Collection[str]) -> str:
+    """Return the names that a model lacks and what may have been meant."""
+    for candidate in layers:
+        mine, theirs = _prefixes(missing[0], candidate)
+        if all(x.startswith(mine) and theirs + x.removeprefix(mine) in layers for x in stats):
+            return f"{first_names(missing)}; {_remedy(mine, theirs)}"
+    if not layers:
+        return first_names(missing)
+    return ", ".join(f"{name!r} (nearest: {nearest(name, layers)!r})" for name in missing)
+
+
+def _prefixes(mine: str, theirs: str) -> tuple[str, str]:
+    """Return what is left of two paths, dot included, without the keys at their ends alike."""
+    a, b = mine.split("."), theirs.split(".")
+    while a and b and a[-1] == b[-1]:
+        a.pop()
+        b.pop()
+    return "".join(f"{key}." for key in a), "".join(f"{key}." for key in b)
+
+
+def _remedy(mine: str, theirs: str) -> str:
+    if not mine:
+        return (
+            f"the model has all of them under the prefix {theirs!r}: pass "
+            f"model.get_submodule({theirs[:-1]!r})"
+        )
+    where = f"under the prefix {theirs!r} in place of" if theirs else "without the prefix"
+    name = f"{theirs!r} + name" if theirs else "name"
+    return (
+        f"the model has all of them {where} {mine!r}: use PopulationStats({{"
+        f"{name}.removeprefix({mine!r}): layer for name, layer in stats.items()}})"
+    )

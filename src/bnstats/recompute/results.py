@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
-
 from bnstats.errors import (
-    BnstatsWarning,
     InvalidValueError,
     NonFiniteStatisticsError,
     TooFewValuesError,
+    warn,
 )
+from bnstats.recompute.batches import BatchCounts
 from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.population import LayerStats, PopulationStats
-from bnstats.recompute.stage import StagedLayer
-from bnstats.recompute.task import Tally, Task
+from bnstats.recompute.layer_stats import LayerStats
+from bnstats.recompute.observer import ObservedLayer
+from bnstats.recompute.population import PopulationStats
+from bnstats.recompute.task import Task
 
 
-def population_stats(task: Task, tally: Tally, estimate: Estimate) -> PopulationStats:
+def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> PopulationStats:
     """Return the statistics of every layer that saw values, and warn of the others.
 
     Args:
         task: what was measured.
-        tally: how many batches there were.
+        counts: how many batches there were.
         estimate: of all layers of the task, their channels laid end to end.
     """
-    check_tally(tally)
+    check_counts(counts)
     channels = [layer.num_features for layer in task.layers]
     columns = zip(*(part.cpu().split(channels) for part in estimate), strict=True)
     stats: dict[str, LayerStats] = {}
@@ -36,32 +36,41 @@ def population_stats(task: Task, tally: Tally, estimate: Estimate) -> Population
         else:
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
-        warnings.warn(
+        warn(
             "no batch reached these layers, whose statistics are left alone: "
-            + ", ".join(map(repr, unseen)),
-            BnstatsWarning,
-            stacklevel=5,
+            + ", ".join(map(repr, unseen))
         )
-    return PopulationStats(stats, method=task.method, num_skipped=int(tally.num_skipped))
+    return PopulationStats(
+        stats,
+        method=task.method.name,
+        num_skipped=int(counts.num_skipped),
+        frozen=task.frozen,
+    )
 
 
-def check_tally(tally: Tally) -> None:
+def check_counts(counts: BatchCounts) -> None:
     """Refuse a measurement without a batch that counts."""
-    if not tally.num_read:
+    if not counts.num_read:
         raise InvalidValueError(
             "loader: expected at least one batch, got none; an iterator that was read "
             "before gives none"
         )
-    if tally.num_skipped == tally.num_read:
+    if counts.num_skipped == counts.num_read:
         raise NonFiniteStatisticsError(
-            f"all {int(tally.num_read)} batches had non-finite statistics and were skipped"
+            f"all {int(counts.num_read)} batches had non-finite statistics and were skipped"
         )
 
 
-def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> LayerStats:
+def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> LayerStats:
     """Return one layer's statistics, of tensors of shape (C,)."""
     count = int(estimate.num_values[0])
     check_enough_values(layer, count, correction)
+    if estimate.var.isnan().any():
+        raise TooFewValuesError(
+            f"layer '{layer.name}' saw 1 value per channel in each of its batches: an average of "
+            'unbiased batch variances needs a batch of two; use method="pooled", which needs no '
+            "batch variance, or correction=0"
+        )
     return LayerStats(
         count=count,
         num_batches=int(estimate.num_batches[0]),
@@ -70,10 +79,13 @@ def layer_stats(layer: StagedLayer, estimate: Estimate, correction: int) -> Laye
         mean_stderr=estimate.mean_stderr,
         var_stderr=estimate.var_stderr,
         correction=correction,
+        eps=layer.module.eps,
+        mean_var_cov=estimate.mean_var_cov,
+        spread=estimate.spread,
     )
 
 
-def check_enough_values(layer: StagedLayer, count: int, correction: int) -> None:
+def check_enough_values(layer: ObservedLayer, count: int, correction: int) -> None:
     """Refuse a variance that is not defined."""
     if count <= correction:
         raise TooFewValuesError(

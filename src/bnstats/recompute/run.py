@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.distributed import Peers, Sync
-from bnstats.errors import BnstatsWarning
-from bnstats.recompute.batches import Forward, default_device, default_forward
-from bnstats.recompute.drift import Recalibration, RunningStats, compare, write_all
+from bnstats.errors import InvalidValueError, warn
+from bnstats.interrupts import Interrupts
+from bnstats.recompute.batches import Forward
+from bnstats.recompute.collector import one_pass
+from bnstats.recompute.drift import compare
+from bnstats.recompute.estimators import Pooled, averaged, moving_average
+from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
-from bnstats.recompute.onepass import one_pass
-from bnstats.recompute.options import check_loader, check_mergeable, check_options
-from bnstats.recompute.population import PopulationStats, layers_of
-from bnstats.recompute.stage import StagedLayer
+from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import Task
-from bnstats.traversal import Include, named_batchnorms, unwrap
+from bnstats.recompute.task import Method, Options, prepare
+from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
-METHODS: dict[str, Callable[[Task], PopulationStats]] = {
-    "pooled": one_pass,
-    "batch_average": one_pass,
-    "ema": one_pass,
-    "layerwise": layerwise,
-    "sweeps": sweeps,
+METHODS = {
+    method.name: method
+    for method in (
+        Method("pooled", one_pass, Pooled),
+        Method("batch_average", one_pass, averaged),
+        Method("ema", one_pass, moving_average, merges=False),
+        Method("layerwise", layerwise, Pooled, holds_inputs=True),
+        Method("sweeps", sweeps, Pooled, rereads=True),
+    )
 }
+"""The one table of methods."""
+
+_NOTHING = torch.empty(0, device="cpu")
+"""The result of a step that has none."""
 
 
 def recompute_population_stats(
@@ -54,6 +61,8 @@ def recompute_population_stats(
     model is bit for bit as it was; the running statistics are written at the end, in place.
     Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
+    A layer that is in evaluation mode while the model trains was frozen: it is left alone, and
+    the result names it in ``frozen``.
 
     What each layer normalizes with while its statistics are taken is the method's choice:
 
@@ -71,6 +80,7 @@ def recompute_population_stats(
       batches. The forward must not keep anything on the model from one layer to the next, nor
       hold a lock, as other batches run in between. A layer that only some batches reach is
       completed with those, once no batch can go on otherwise.
+      A sharded model (``fully_shard``) is refused: its forwards wait for other processes.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as there is nothing more to be seen: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
@@ -78,32 +88,42 @@ def recompute_population_stats(
       or augments is fine: each layer is then measured on another draw of the data.
 
     Args:
-        model: any Module; DistributedDataParallel, DataParallel and torch.compile are seen
-            through. Layers are every BatchNorm with running statistics.
-        loader: an iterable of batches: a tensor; a tuple or list, of which the first element
-            goes in; a mapping of keyword arguments. Tensors at any depth move to the device.
+        model: any Module; DistributedDataParallel, DataParallel, FullyShardedDataParallel,
+            torch.compile and averages of weights (AveragedModel, timm's, ema-pytorch's) are
+            seen through. Layers are every BatchNorm with running statistics.
+        loader: an iterable of batches, a DataLoader for one. A batch is a tensor; a tuple or
+            list, of which the first element goes in, by the same rules; a mapping of keyword
+            arguments. Tensors and whatever else has a ``to`` move to the device, at any depth.
+            A first element of several floating-point tensors, two views say, is refused.
         method: see above.
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
         max_batches: stop after so many.
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
-            deviations) and that of the variance (relative) are at most this. Looked at after 8
-            batches, then at every fourth, later at every eighth part more
-            (``"layerwise"`` starts over with twice as many). The errors come from the spread
-            between batches, which should be shuffled; where the loader has a length and was
-            not read whole, they are those of a sample of its batches (finite population
-            correction).
+            deviations) and that of the variance (relative) are at most this, both with eps in
+            the variance, as evaluation has it. Checked after 8 batches, then at every fourth,
+            later at every eighth part more (``"layerwise"`` starts over with twice as many).
+            The errors come from the spread between batches, which should be shuffled; where
+            the loader has a length and was not read whole, they are those of a sample of its
+            batches (finite population correction). With ``"layerwise"`` and ``"sweeps"`` they
+            are given the statistics of earlier layers, usually larger than the whole errors
+            (see ``PopulationStats.stderr_is_conditional``): more is read than would do.
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
-            evaluation.
+            evaluation. It is also asked for modules of other classes that have a BatchNorm's
+            running statistics, torchvision's FrozenBatchNorm2d for one; by default these are
+            left alone.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
             it is not finite: earlier ones have counted it).
         sync: with whom to merge by torch.distributed: a process group, all processes (True),
             nobody (False), or all if there are several (None). Every process ends with the
-            same bits, whatever the numbers of batches; one that fails makes all fail. One
-            collective, or one for each layer, sweep, or look at the tolerance.
+            same bits, whatever the numbers of batches (but for a sharded model, whose forwards
+            wait for each other: uneven numbers are an error); one that fails makes all fail, before
+            the first batch or while it writes included. One collective, or one for each layer,
+            sweep, or check of the tolerance; a small one before, by which the processes find
+            that they measure the same layers in the same way, and one after writing.
         progress: show a progress bar.
         memory_limit: for ``"layerwise"``, how many bytes the inputs that wait at layers may
             take in this process; what the model keeps beside them is not counted.
@@ -139,9 +159,7 @@ def recompute_population_stats(
         Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167, Algorithm 2; Wu and
         Johnson (2021), "Rethinking Batch in BatchNorm", arXiv:2105.07576, section 3.
     """
-    after = measure_population_stats(
-        model,
-        loader,
+    options = Options(
         method=method,
         forward=forward,
         device=device,
@@ -154,10 +172,23 @@ def recompute_population_stats(
         progress=progress,
         memory_limit=memory_limit,
     )
-    layers = layers_of(after, model)
-    before = {name: RunningStats.of(layer) for name, layer in layers.items()}
-    drift = compare(before, after)
-    write_all(layers, after, before)
+    with Interrupts() as interrupts:
+        after, peers = _measure(model, loader, options, interrupts)
+        layers: dict[str, _BatchNorm] = {}
+        before: ByLayer[RunningStats] = ByLayer()
+        try:
+            with peers.exchange(_NOTHING) as exchange:
+                layers.update(layers_of(after, model))
+                before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
+                drift = compare(before, after)
+                write_all(layers, after, before)
+                interrupts.check()
+                exchange.send(_NOTHING)
+        except BaseException:
+            # Here or in another process: written in all of them, or in none.
+            for name, running in before.items():
+                running.write_to(layers[name])
+            raise
     return Recalibration(before, after, drift, layers)
 
 
@@ -189,42 +220,40 @@ def measure_population_stats(
         >>> bool(drift.mean_shift.abs().max() < 1)
         True
     """
-    inner = unwrap(model)
-    check_options(
+    options = Options(
         method=method,
         forward=forward,
+        device=device,
         max_batches=max_batches,
         tolerance=tolerance,
         include=include,
         correction=correction,
         on_nonfinite=on_nonfinite,
-        memory_limit=memory_limit,
-    )
-    check_loader(loader, method)
-    peers = Peers.of(sync)
-    check_mergeable(method, peers)
-    layers = named_batchnorms(inner, include)
-    if not layers:
-        warnings.warn(
-            f"{type(inner).__name__} has no BatchNorm layer with running statistics"
-            + ("" if include is None else " that include chooses"),
-            BnstatsWarning,
-            stacklevel=2,
-        )
-        return PopulationStats({}, method=method)
-    task = Task(
-        model=inner,
-        layers=tuple(StagedLayer.of(name, module) for name, module in layers.items()),
-        loader=loader,
-        forward=partial(forward or default_forward, inner),
-        method=method,
-        correction=correction,
-        skip_nonfinite=on_nonfinite == "skip",
-        max_batches=max_batches,
-        tolerance=tolerance,
-        memory_limit=memory_limit,
-        device=device if device is not None else default_device(inner),
+        sync=sync,
         progress=progress,
-        peers=peers,
+        memory_limit=memory_limit,
     )
-    return METHODS[method](task)
+    with Interrupts() as interrupts:
+        return _measure(model, loader, options, interrupts)[0]
+
+
+def _measure(
+    model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
+) -> tuple[PopulationStats, Peers]:
+    """Measure, and return with whom."""
+    peers, method = Peers.of(options.sync), options.method
+    with peers.agreement() as agreement:
+        if method not in METHODS:
+            raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
+        agreement.send(task.description)
+    if not task.layers:
+        if task.frozen:
+            warn(
+                f"all {len(task.frozen)} BatchNorm layers are in evaluation mode while the model "
+                f"trains, and are left alone: {first_names(task.frozen)}"
+            )
+        else:
+            warn(no_batchnorm(task.model, options.include))
+        return PopulationStats({}, method=method, frozen=task.frozen), peers
+    return task.method.measure(task), peers

@@ -18,6 +18,21 @@ def _symmetric(kept: Tensor) -> Tensor:
     return matrix.view(3, 3, *kept.shape[1:])
 
 
+def change(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Tensor:
+    """Return the second moments of ``(1, u + shift, q + of_u u + constant)``.
+
+    Args:
+        matrix: those of ``(1, u, q)``, of shape (3, 3, C).
+        shift: of shape (C,).
+        of_u: of shape (C,).
+        constant: of shape (C,).
+    """
+    for _ in range(2):  # of the rows, then of the columns
+        one, u, q = matrix
+        matrix = torch.stack([one, u + shift * one, q + of_u * u + constant * one]).transpose(0, 1)
+    return matrix
+
+
 class Spread:
     """The spread between batches, about estimates that are known only at the end.
 
@@ -43,6 +58,10 @@ class Spread:
         """The symmetric matrix of second moments, of shape (3, 3, C)."""
         return _symmetric(self._sums)
 
+    def average(self) -> Tensor:
+        """Return the weighted averages of u and q, (2, C)."""
+        return self._sums[1:3] / self._sums[0]
+
     def offset(self, batch: Moments) -> Tensor:
         """Return u, the batch's mean about the first one that the channel saw."""
         if not self._referred:
@@ -67,8 +86,8 @@ class Spread:
         """Return the numbers of batches, the references and the second moments, (8, C)."""
         return torch.cat([self.num_batches[None], self.reference[None], self._sums])
 
-    def absorb(self, state: Tensor) -> None:
-        """Take in another spread's state, brought to the reference of this one.
+    def merge_state(self, state: Tensor) -> None:
+        """Merge in another spread's state, brought to the reference of this one.
 
         About a reference that is lower by d, the features are ``(1, u + d, q + 2 d u + d^2)``:
         linear in what they were, so the matrix changes by that map on both sides.
@@ -76,20 +95,23 @@ class Spread:
         num_batches, reference, matrix = state[0], state[1], _symmetric(state[2:])
         self.reference = torch.where(self.num_batches == 0, reference, self.reference)
         shift = torch.where(num_batches == 0, 0, reference - self.reference)
-        zero, one = torch.zeros_like(shift), torch.ones_like(shift)
-        of_q = [shift.square(), 2 * shift, one] if self._about_reference else [zero, zero, one]
-        rows = [torch.stack(row) for row in ([one, zero, zero], [shift, one, zero], of_q)]
-        change = torch.stack(rows)
-        # Two small matrix products per channel, as sums: a batched one costs far more.
-        matrix = (change[:, :, None] * matrix).sum(1)
-        matrix = (matrix[:, None] * change).sum(2)
+        matrix = self._refer(matrix, shift, torch.zeros_like(shift))
         self._sums += torch.stack([matrix[i, j] for i, j in _PRODUCTS])
         self.num_batches = self.num_batches + num_batches
 
-    def sum_of_squares(self, constant: Tensor, of_offset: Tensor, of_q: Tensor) -> Tensor:
-        """Return the weighted sum of ``(constant + of_offset u + of_q q)^2`` over the batches."""
-        form = torch.stack([constant, of_offset, of_q])
-        return (form[:, None] * self.matrix * form).sum((0, 1)).clamp(min=0)
+    def about(self, mean: Tensor, q: Tensor) -> Tensor:
+        """Return the second moments of ``(1, a, b)``, of shape (3, 3, C).
+
+        a is a batch's mean minus ``mean``, b its own q minus ``q``; both q are about ``mean``
+        where they are mean squares.
+        """
+        return self._refer(self.matrix, self.reference - mean, -q)
+
+    def _refer(self, matrix: Tensor, shift: Tensor, constant: Tensor) -> Tensor:
+        """Return a matrix brought to a reference that is lower by the shift; add to q."""
+        if not self._about_reference:
+            return change(matrix, shift, torch.zeros_like(shift), constant)
+        return change(matrix, shift, 2 * shift, shift.square() + constant)
 
     def bessel(self) -> Tensor:
         """Return B / (B - 1) for B batches; NaN for fewer than two."""

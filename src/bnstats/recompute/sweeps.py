@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -13,112 +12,112 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bnstats.errors import BnstatsWarning, InvalidValueError
-from bnstats.recompute.collector import Collector
+from bnstats.errors import InvalidValueError, warn
+from bnstats.recompute.batches import BatchCounts
+from bnstats.recompute.collector import Collector, collect
+from bnstats.recompute.dependencies import DependencyLevel, DependencySurvey
 from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.onepass import collect
+from bnstats.recompute.observer import ObservedLayer, OnInput, observed
 from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.results import check_enough_values, check_tally, population_stats
-from bnstats.recompute.stage import StagedLayer, Visitor, staged
-from bnstats.recompute.survey import Stage, Survey
-from bnstats.recompute.task import Tally, Task
+from bnstats.recompute.results import check_counts, check_enough_values, population_stats
+from bnstats.recompute.task import Task
 
-_STANDSTILL = 1e-6
+_NEGLIGIBLE_MOVEMENT = 1e-6
 """Movement between two sweeps, in standard deviations and relative, that is float32's rounding."""
 
-_MOST_REPETITIONS = 100
+_MAX_REPETITIONS = 100
 """Sweeps after which layers that depend on each other are taken as they are, with a warning."""
 
 
 def sweeps(task: Task) -> PopulationStats:
     """Measure with ``"sweeps"``."""
-    return _Sweeper(task).run()
+    return _Sweeps(task).run()
 
 
-class _Enough(BaseException):
+class _NothingMore(BaseException):
     """Ends a forward in which there is nothing more to be seen; never leaves this module."""
 
 
-class _Sweeper:
+class _Sweeps:
     """Completes layer after layer, those that do not depend on each other in one sweep."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._visit: Visitor
-        self._estimates: dict[StagedLayer, Estimate] = {}
-        self._used: dict[StagedLayer, tuple[Tensor, Tensor]] = {}
+        self._on_input: OnInput
+        self._estimates: dict[ObservedLayer, Estimate] = {}
+        self._used: dict[ObservedLayer, tuple[Tensor, Tensor]] = {}
 
     def run(self) -> PopulationStats:
-        """Survey the model in a whole sweep, and then sweep stage by stage."""
+        """Survey the model in a whole sweep, and then sweep level by level."""
         task = self._task
-        bar = tqdm(total=len(task.layers), desc="layers complete", disable=not task.progress)
-        with staged(task.model, task.layers, lambda *call: self._visit(*call)), bar:
+        bar = tqdm(
+            total=len(task.layers), desc="layers complete", disable=not task.options.progress
+        )
+        with observed(task.model, task.layers, lambda *call: self._on_input(*call)), bar:
             collector = Collector(task, task.layers)
-            survey = Survey(task, collector)
-            self._visit = survey.visit
-            tally, estimate = collect(task, collector, survey.forward)
-            check_tally(tally)
-            self._settle(task.layers, estimate)
-            for number, stage in enumerate(survey.stages()):
+            survey = DependencySurvey(task, collector)
+            self._on_input = survey.on_input
+            counts, estimate = collect(task, collector, survey.forward)
+            check_counts(counts)
+            self._update(task.layers, estimate)
+            for number, level in enumerate(survey.levels()):
                 # What depends on no layer, the survey has seen as it is.
-                if number > 0 or stage.circular:
-                    tally = self._complete(stage, tally)
-                bar.update(len(stage.layers))
+                if number > 0 or level.circular:
+                    counts = self._complete(level, counts)
+                bar.update(len(level.layers))
         columns = zip(*(self._estimates[layer] for layer in task.layers), strict=True)
-        return population_stats(task, tally, Estimate(*map(torch.cat, columns)))
+        return population_stats(task, counts, Estimate(*map(torch.cat, columns)))
 
-    def _complete(self, stage: Stage, tally: Tally) -> Tally:
-        """Sweep until the statistics of a stage's layers stand."""
+    def _complete(self, level: DependencyLevel, counts: BatchCounts) -> BatchCounts:
+        """Sweep until the statistics of a level's layers move no more."""
         step, moved = 1.0, math.inf
-        for _ in range(_MOST_REPETITIONS if stage.circular else 1):
-            swept, estimate = self._sweep(stage.layers)
+        for _ in range(_MAX_REPETITIONS if level.circular else 1):
+            swept, estimate = self._sweep(level.layers)
             if not swept.num_read:
                 raise InvalidValueError(
-                    f"loader: gave {int(tally.num_read)} batches when it was read first, and none "
+                    f"loader: gave {int(counts.num_read)} batches when it was read first, and none "
                     'when read again; method="sweeps" needs one that can be, "layerwise" does not'
                 )
-            if swept.num_skipped > tally.num_skipped:
-                tally = swept
-            last, moved = moved, self._settle(stage.layers, estimate, step)
-            if moved <= _STANDSTILL:
-                return tally
+            if swept.num_skipped > counts.num_skipped:
+                counts = swept
+            last, moved = moved, self._update(level.layers, estimate, step)
+            if moved <= _NEGLIGIBLE_MOVEMENT:
+                return counts
             if moved > last:  # from one side of the rest to the other: half the way is nearer
                 step = 0.5
-        if stage.circular:
-            names = ", ".join(repr(layer.name) for layer in stage.layers)
-            warnings.warn(
+        if level.circular:
+            names = ", ".join(repr(layer.name) for layer in level.layers)
+            warn(
                 f"the statistics of layers that depend on each other still moved by {moved:.1g} "
-                f"standard deviations after {_MOST_REPETITIONS} sweeps: {names}",
-                BnstatsWarning,
-                stacklevel=6,
+                f"standard deviations after {_MAX_REPETITIONS} sweeps: {names}"
             )
-        return tally
+        return counts
 
-    def _sweep(self, layers: Mapping[StagedLayer, int]) -> tuple[Tally, Estimate]:
+    def _sweep(self, layers: Mapping[ObservedLayer, int]) -> tuple[BatchCounts, Estimate]:
         """Read the loader once and take the moments of these layers, stopping after the last."""
         collector = Collector(self._task, list(layers))
-        missing: Counter[StagedLayer] = Counter()
+        missing: Counter[ObservedLayer] = Counter()
 
-        def visit(layer: StagedLayer, input: Tensor) -> None:
+        def on_input(layer: ObservedLayer, input: Tensor) -> None:
             if layer in layers:
-                collector.take(layer, layer.observe(input))
+                collector.add(layer, layer.moments_of(input))
                 missing[layer] -= 1
                 if not +missing:  # nothing above zero
-                    raise _Enough
+                    raise _NothingMore
 
         def forward(batch: Any) -> None:
             missing.update(layers)
-            with suppress(_Enough):
+            with suppress(_NothingMore):
                 self._task.forward(batch)
             missing.clear()
 
-        self._visit = visit
-        return collect(self._task, collector, forward)
+        self._on_input = on_input
+        return collect(self._task, collector, forward, prepare=self._apply)
 
-    def _settle(
-        self, layers: Collection[StagedLayer], estimate: Estimate, step: float = 1
+    def _update(
+        self, layers: Collection[ObservedLayer], estimate: Estimate, step: float = 1
     ) -> float:
-        """Let the layers go on to an estimate, or a part of the way, and return how far it is."""
+        """Update layers to an estimate, or a part of the way, and return how far it is."""
         channels = [layer.num_features for layer in layers]
         columns = zip(*(part.split(channels) for part in estimate), strict=True)
         moved = 0.0
@@ -133,8 +132,12 @@ class _Sweeper:
                 moved = max(moved, _movement(last_mean, last_var, new))
                 mean, var = last_mean.lerp(mean, step), last_var.lerp(var, step)
             self._used[layer] = mean, var
-            layer.normalize_with(mean, var)
         return moved
+
+    def _apply(self) -> None:
+        """Let the layers normalize with what they have been updated to."""
+        for layer, statistics in self._used.items():
+            layer.normalize_with(*statistics)
 
 
 def _movement(last_mean: Tensor, last_var: Tensor, new: Estimate) -> float:

@@ -3,17 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
-from bnstats.distributed import Peers
-from bnstats.recompute.batches import Reader
-from bnstats.recompute.stage import StagedLayer
+from bnstats.distributed import Peers, Sync, communicates, is_dtensor
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.interrupts import Interrupts
+from bnstats.recompute.batches import DefaultForward, Forward, Reader, default_device
+from bnstats.recompute.estimators import Estimator
+from bnstats.recompute.observer import ObservedLayer
+from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
+from bnstats.traversal import Include, named_batchnorms, unwrap
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to measure.
+
+    Attributes:
+        name: what the caller passes as ``method``.
+        measure: runs it.
+        estimator: makes the estimator of the layers' statistics from (correction, like).
+        rereads: the loader is read more than once.
+        holds_inputs: inputs of layers are held in memory until all batches have come.
+        merges: what several processes measure can be merged.
+    """
+
+    name: str
+    measure: Callable[[Task], PopulationStats]
+    estimator: Callable[[Tensor, Tensor], Estimator]
+    rereads: bool = False
+    holds_inputs: bool = False
+    merges: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
+
+    method: str
+    forward: Forward | None
+    device: torch.device | str | None
+    max_batches: int | None
+    tolerance: float | None
+    include: Include | None
+    correction: int
+    on_nonfinite: str
+    sync: Sync
+    progress: bool
+    memory_limit: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,80 +68,231 @@ class Task:
 
     Attributes:
         model: the unwrapped model.
-        layers: the chosen layers, at least one.
+        layers: the chosen layers.
+        frozen: names of layers left alone, in evaluation mode while the model trains.
         loader: gives batches.
         forward: from a batch to a forward of the model.
-        method: its name.
-        correction: as the caller asked.
-        skip_nonfinite: leave a batch out that is not finite somewhere, instead of raising.
-        max_batches: read no more than so many.
-        tolerance: stop when the standard errors are no larger.
-        memory_limit: bytes that may wait at layers.
         device: where batches go.
-        progress: show a progress bar.
+        method: how.
+        options: what else the caller asked for.
         peers: the processes that measure together.
+        interrupts: what runs the loader and, in this thread, the forward.
     """
 
     model: nn.Module
-    layers: tuple[StagedLayer, ...]
+    layers: tuple[ObservedLayer, ...]
+    frozen: tuple[str, ...]
     loader: Iterable[Any]
     forward: Callable[[Any], Any]
-    method: str
-    correction: int
-    skip_nonfinite: bool
-    max_batches: int | None
-    tolerance: float | None
-    memory_limit: int | None
     device: torch.device | str | None
-    progress: bool
+    method: Method
+    options: Options
     peers: Peers
+    interrupts: Interrupts
 
     @property
     def like(self) -> Tensor:
         """An empty tensor of the dtype and on the device of the measurement."""
-        device = self.layers[0].module.running_mean.device  # type: ignore[union-attr]
+        device = self.layers[0].running_mean.device
         return torch.empty(0, dtype=wide_dtype(device), device=device)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the model computes."""
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        devices = {tensor.device for tensor in tensors}
+        # A device without an index is the current one of its type: a tensor's has one.
+        return devices if self.device is None else {*devices, _with_index(self.device)}
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What has to be the same in every process that measures together."""
+        options = ("method", "tolerance", "correction", "on_nonfinite")
+        return {
+            **{name: getattr(self.options, name) for name in options},
+            "layers": tuple(
+                (x.name, x.num_features, str(x.running_mean.dtype), x.about_zero)
+                for x in self.layers
+            ),
+            "dtype of the measurement": str(self.like.dtype) if self.layers else None,
+        }
 
     def reader(self, *, progress: bool = False) -> Reader:
         """Begin to read the loader, from its start if it has one."""
         return Reader(
             self.loader,
-            max_batches=self.max_batches,
+            max_batches=self.options.max_batches,
             progress=progress,
             device=self.device,
+            call=self.interrupts.call,
         )
 
-    def correction_of(self, layer: StagedLayer) -> int:
-        """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
-        return 0 if layer.about_zero else self.correction
+    def read(self, reader: Reader, until: float) -> Iterator[Any]:
+        """Yield batches until so many have been read in all, or there are no more.
 
-
-class Tally(NamedTuple):
-    """How many batches were read; over all processes, once their tallies are summed.
-
-    Attributes:
-        num_read: batches read.
-        num_skipped: of these, left out because their statistics were not finite.
-        length: batches that there are; NaN where a loader does not say.
-        num_exhausted: processes that have no more.
-    """
-
-    num_read: float
-    num_skipped: float
-    length: float
-    num_exhausted: float
-
-    @classmethod
-    def of(cls, reader: Reader, num_skipped: int) -> Tally:
-        """Return what one process has read."""
-        length = math.nan if reader.length is None else reader.length
-        return cls(reader.num_read, num_skipped, length, reader.exhausted)
-
-    @property
-    def fraction(self) -> float:
-        """Which part of a finite population was sampled; 0 where that is not known.
-
-        All of it is no sample: what standard errors still speak of then is whatever the
-        population itself was drawn from.
+        Raises:
+            InvalidValueError: the forwards wait for those of the other processes, and some
+                processes have no batch left.
         """
-        return self.num_read / self.length if self.num_read < self.length else 0
+        batches = reader.read(until)
+        if self.peers.alone or not communicates(self.model):
+            yield from batches
+            return
+        for batch in chain(batches, repeat(_NO_MORE)):
+            has_none = torch.tensor(float(batch is _NO_MORE), device="cpu")
+            with self.peers.exchange(has_none) as exchange:
+                exchange.send(has_none)
+            if exchange.results.all():
+                return
+            if exchange.results.any():
+                ranks = ", ".join(map(str, exchange.results.nonzero().flatten().tolist()))
+                raise InvalidValueError(
+                    f"loader: the process of rank {ranks} has no batch left where others have "
+                    "one: the forwards of a sharded model wait for each other, and need the same "
+                    "number of batches in every process"
+                )
+            yield batch
+
+    def correction_of(self, layer: ObservedLayer) -> int:
+        """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
+        return 0 if layer.about_zero else self.options.correction
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    return torch.empty(0, device=device).device
+
+
+_NO_MORE = object()
+
+
+def prepare(
+    model: nn.Module,
+    loader: Iterable[Any],
+    method: Method,
+    options: Options,
+    peers: Peers,
+    interrupts: Interrupts,
+) -> Task:
+    """Return the task that the caller means, all of it checked."""
+    inner = unwrap(model)
+    check_options(method, options)
+    check_loader(loader, method)
+    check_mergeable(method, peers)
+    layers = named_batchnorms(inner, options.include)
+    frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
+    chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
+    check_sharding(inner, chosen, method)
+    forward = options.forward
+    return Task(
+        model=inner,
+        layers=chosen,
+        frozen=frozen,
+        loader=loader,
+        forward=DefaultForward(inner) if forward is None else partial(forward, inner),
+        device=default_device(inner) if options.device is None else options.device,
+        method=method,
+        options=options,
+        peers=peers,
+        interrupts=interrupts,
+    )
+
+
+def check_options(method: Method, options: Options) -> None:
+    """Refuse what is not in the documentation."""
+    _check_positive_int("max_batches", options.max_batches)
+    _check_positive_int("memory_limit", options.memory_limit)
+    if options.memory_limit is not None and not method.holds_inputs:
+        raise InvalidValueError(
+            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
+        )
+    _check_tolerance(options.tolerance)
+    if options.correction not in (0, 1):
+        raise InvalidValueError(
+            f"correction: expected 1 (unbiased variance) or 0 (biased), got {options.correction!r}"
+        )
+    if options.on_nonfinite not in ("raise", "skip"):
+        raise InvalidValueError(
+            f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
+        )
+    for argument in ("forward", "include"):
+        function = getattr(options, argument)
+        if function is not None and not callable(function):
+            raise InvalidTypeError(
+                f"{argument}: expected a callable or None, got {type(function).__name__}"
+            )
+
+
+def check_loader(loader: object, method: Method) -> None:
+    """Refuse what is no iterable of batches, or cannot be read as often as the method needs."""
+    if _is_map_style_dataset(loader):
+        raise InvalidTypeError(
+            f"loader: expected an iterable of batches, got {type(loader).__name__}, a dataset "
+            "whose samples would count as batches; pass DataLoader(dataset, batch_size=...)"
+        )
+    # A loader may be iterable by __getitem__ alone.
+    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
+        raise InvalidTypeError(
+            "loader: expected an iterable of batches, a DataLoader or a list say, got "
+            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
+        )
+    if method.rereads and isinstance(loader, Iterator):
+        raise InvalidValueError(
+            f'loader: method="{method.name}" reads it again and again, and an iterator '
+            f"({type(loader).__name__}) can be read once; pass a DataLoader or a list, or "
+            'method="layerwise"'
+        )
+
+
+def _is_map_style_dataset(loader: object) -> bool:
+    # __getitems__ is what a DataLoader fetches from, also where a dataset is no torch class.
+    is_dataset = isinstance(loader, Dataset) or hasattr(type(loader), "__getitems__")
+    return is_dataset and not isinstance(loader, IterableDataset)
+
+
+def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
+    """Refuse what cannot run while the model's forwards have collectives of their own."""
+    for layer in layers:
+        if is_dtensor(layer.running_mean) or is_dtensor(layer.running_var):
+            raise InvalidTypeError(
+                f"layer '{layer.name}' keeps its running statistics in DTensors: expected plain "
+                "tensors, as fully_shard leaves them"
+            )
+    if method.holds_inputs and communicates(model):
+        raise InvalidValueError(
+            f'method: "{method.name}" runs several forwards side by side, and those of a sharded '
+            "model (fully_shard, FullyShardedDataParallel, DTensor parameters) wait for other "
+            'processes; use method="sweeps", which finds the same statistics'
+        )
+
+
+def check_mergeable(method: Method, peers: Peers) -> None:
+    """Refuse to merge what has no merge."""
+    if peers.size > 1 and not method.merges:
+        raise InvalidValueError(
+            'sync: moving averages of several processes do not merge; method="pooled" and '
+            '"batch_average" do, and sync=False keeps to this process'
+        )
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise InvalidTypeError(
+            f"tolerance: expected a number or None, got {type(tolerance).__name__}"
+        )
+    if not 0 < tolerance < math.inf:
+        raise InvalidValueError(
+            "tolerance: expected a positive number, the largest standard error that will do "
+            f"(in standard deviations, and relative for variances), got {tolerance}"
+        )

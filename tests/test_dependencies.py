@@ -1,11 +1,14 @@
 """Which tensors are computed from which: what decides the order of the sweeps."""
 
+import ctypes
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnstats.recompute.dataflow import Dataflow
+from bnstats.recompute.dependencies import Dataflow
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,15 @@ from bnstats.recompute.dataflow import Dataflow
         lambda x, y: x.index_copy(0, torch.tensor([0]), y[:1]),
         lambda _, y: nn.Linear(3, 3)(F.conv1d(y[None], torch.ones(3, 3, 1))[0].T[:, :3]),
         lambda _, y: torch.sparse.mm(y.to_sparse(), torch.eye(3)),
+        lambda _, y: torch.from_numpy(y.numpy() * 2) + 1,
+        lambda _, y: torch.tensor(y.tolist()),
+        lambda _, y: torch.tensor(y.sum().item()),
+        lambda x, y: x * y.sum().item(),
+        lambda x, y: x / float(y.numpy().std()),
+        lambda x, y: x * np.asarray(y)[0, 0].item(),
+        lambda x, y: x.clone() if y.sum() > 0 else x.clone().neg_(),
+        lambda _, y: raw_kernel(y, torch.empty(3, 3)),
+        lambda _, y: raw_kernel(y, torch.zeros(3, 3)),
     ],
 )
 def test_what_is_computed_from_a_marked_tensor_is_marked(compute):
@@ -29,6 +41,31 @@ def test_what_is_computed_from_a_marked_tensor_is_marked(compute):
         x, y = torch.randn(3, 3), torch.randn(3, 3)
         flow.mark(y, frozenset({"y"}))
         assert flow.sources(compute(x, y)) == {"y"}
+
+
+def raw_kernel(x, out):
+    """Writes where the dispatcher does not see it, as extensions without an operator do."""
+    ctypes.memmove(out.data_ptr(), x.contiguous().data_ptr(), x.nbytes)
+    return out.clone()
+
+
+def test_what_comes_from_nowhere_depends_on_everything_before_and_nothing_after():
+    with Dataflow() as flow:
+        early = torch.from_numpy(np.ones(3)) + 1
+        x, y = torch.randn(2, 3)
+        flow.mark(x.clone(), frozenset({"x"}))
+        flow.mark(y.clone(), frozenset({"y"}))
+        late = torch.from_numpy(np.ones(3)) + 1
+        assert flow.sources(early) == frozenset()
+        assert flow.sources(late) == {"x", "y"}
+
+
+def test_parameters_and_batches_depend_on_nothing_whenever_they_are_used():
+    linear, batch = nn.Linear(3, 3), torch.randn(3, 3)
+    with torch.no_grad(), Dataflow([linear.weight, linear.bias, batch]) as flow:
+        flow.mark(torch.randn(3), frozenset({"x"}))
+        assert flow.sources(linear(batch)) == frozenset()
+        assert flow.sources(batch) == frozenset()
 
 
 def test_what_is_not_is_not():

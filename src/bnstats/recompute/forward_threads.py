@@ -1,0 +1,233 @@
+"""Threads that run one forward each and can be held inside of it."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+
+import torch
+
+from bnstats.interrupts import Interrupts
+
+
+class _Cancelled(BaseException):
+    """Unwinds a forward that shall not go on; never leaves its thread."""
+
+
+class ForwardThread(threading.Thread):
+    """A thread that runs one forward.
+
+    Attributes:
+        index: its position among all that were started.
+        waiting_with: what it passed to ``wait``; None while it does not wait there.
+        error: what the forward raised.
+        cancelled: its forward shall end where it waits.
+        go: released to let it run on.
+    """
+
+    def __init__(self, index: int, run: Callable[[ForwardThread], None]) -> None:
+        # The caller's context variables are the forward's too.
+        context = contextvars.copy_context()
+        super().__init__(target=context.run, args=(run, self), name=f"bnstats-{index}")
+        self.index = index
+        self.waiting_with: Any = None
+        self.error: BaseException | None = None
+        self.cancelled = False
+        self.go = threading.Semaphore(0)
+
+
+class ForwardThreads:
+    """Forwards in threads, of which a few at a time compute and all others wait.
+
+    A thread that begins to wait, or ends, lets the next released one run. The thread that made
+    this object decides what happens when none can run any more. Which of them run side by side
+    depends on the machine; where each waits then does not.
+
+    Args:
+        max_running: how many compute at the same time.
+        devices: where the forwards compute.
+        interrupts: no signal is raised while this object changes, as a lock would stay taken.
+    """
+
+    def __init__(
+        self, max_running: int, devices: Collection[torch.device], interrupts: Interrupts
+    ) -> None:
+        self._interrupts = interrupts
+        self._max_running = self._num_sharing = max_running
+        self._threads: list[ForwardThread] = []
+        self._state = threading.Condition()  # guards the two below
+        self._num_running = 0
+        self._released: deque[ForwardThread] = deque()
+        self._settings = _ThreadSettings(devices)
+        self._failed = self._closed = False
+
+    @property
+    def waiting(self) -> list[ForwardThread]:
+        """The threads that wait, in the order in which they were started."""
+        return [thread for thread in self._threads if thread.waiting_with is not None]
+
+    @property
+    def current(self) -> ForwardThread | None:
+        """The one of these threads that calls."""
+        thread = threading.current_thread()
+        return thread if isinstance(thread, ForwardThread) else None
+
+    def share_cores(self, num_threads: int) -> None:
+        """Divide torch's intra-op threads among so many, if these are fewer than may run."""
+        self._num_sharing = max(1, min(num_threads, self._max_running))
+
+    def start(self, forward: Callable[[], Any]) -> None:
+        """Start a forward, as soon as one less than ``max_running`` runs.
+
+        Raises:
+            BaseException: what an earlier forward raised.
+        """
+        with self._state:
+            self._state.wait_for(lambda: self._num_running < self._max_running)
+            if not self._failed:
+                self._num_running += 1
+        if self._failed:
+            self.run()
+        thread = ForwardThread(len(self._threads), lambda thread: self._run(thread, forward))
+        self._threads.append(thread)
+        thread.start()
+
+    def wait(self, payload: Any) -> None:
+        """Wait, in the thread of a forward, until it is released."""
+        thread = self.current
+        assert thread is not None
+        thread.waiting_with = payload
+        self._stop_running()
+        thread.go.acquire()
+        if self._closed or thread.cancelled:
+            raise _Cancelled
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End the forward of this thread with an error, whatever the model would do with one."""
+        assert self.current is not None
+        self.current.error = error
+        self._failed = True
+        raise _Cancelled
+
+    def release(self, threads: Iterable[ForwardThread]) -> None:
+        """Let waiting threads go on in the next ``run``."""
+        for thread in threads:
+            thread.waiting_with = None
+            self._released.append(thread)
+
+    def cancel(self, threads: Iterable[ForwardThread]) -> None:
+        """End the forwards of waiting threads where they are."""
+        for thread in threads:
+            thread.cancelled = True
+            self.release([thread])
+
+    def run(self) -> None:
+        """Let all that were released run, until every thread waits or has ended.
+
+        Raises:
+            BaseException: what a forward raised, of several the one started first; what a
+                signal's handler raises.
+        """
+        while True:
+            with self._state:
+                while self._can_release() and self._num_running < self._max_running:
+                    self._num_running += 1
+                    self._released.popleft().go.release()
+                self._state.wait_for(lambda: self._num_running == 0)
+            if self._failed:
+                raise next(thread.error for thread in self._threads if thread.error is not None)
+            self._interrupts.check()
+            if not self._released:
+                return
+
+    def close(self) -> None:
+        """End every thread, wherever its forward waits."""
+        self._closed = True
+        for thread in self._threads:
+            thread.go.release()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        self._settings.restore()
+
+    def _stop_running(self) -> None:
+        """Let the next released thread run in place of this one."""
+        with self._state:
+            if self._can_release():
+                self._released.popleft().go.release()
+            else:
+                self._num_running -= 1
+                self._state.notify()
+
+    def _can_release(self) -> bool:
+        """Whether another thread may run on; after a failure or a signal none does."""
+        return bool(self._released) and not self._failed and not self._interrupts.pending
+
+    def _run(self, thread: ForwardThread, forward: Callable[[], Any]) -> None:
+        try:
+            if not self._closed:
+                with self._settings.entered(self._num_sharing):
+                    forward()
+        except _Cancelled:
+            pass
+        except BaseException as error:  # raised in the thread that made this object
+            thread.error = error
+            self._failed = True
+        finally:
+            thread.waiting_with = None
+            self._stop_running()
+
+
+class _ThreadSettings:
+    """What torch keeps for each thread, as it is in the thread that makes this.
+
+    Args:
+        devices: where the forwards compute. No other is asked for anything: to ask an
+            accelerator for its stream makes a context on it.
+    """
+
+    def __init__(self, devices: Collection[torch.device]) -> None:
+        self._num_threads = torch.get_num_threads()
+        self._inference = torch.is_inference_mode_enabled()
+        self._default_device = torch.get_default_device()
+        with_streams = [device for device in sorted(devices, key=str) if _has_streams(device)]
+        self._streams = [torch.accelerator.current_stream(device) for device in with_streams]
+        self._device_index = torch.accelerator.current_device_index() if with_streams else None
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind))
+            for kind in sorted({"cpu", *(device.type for device in devices)} - {"meta"})
+            if torch.is_autocast_enabled(kind)
+        ]
+        self._cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def entered(self, num_sharing: int) -> Iterator[None]:
+        """Have the same settings in this thread, one of so many, and no gradients."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
+            if self._default_device.type != "cpu":
+                stack.enter_context(self._default_device)
+            for kind, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
+            for stream in self._streams:
+                torch.accelerator.set_stream(stream)  # and its device
+            if self._device_index is not None:
+                torch.accelerator.set_device_index(self._device_index)
+            if num_sharing > 1:
+                torch.set_num_threads(max(1, self._num_threads // num_sharing))
+            yield
+
+    def restore(self) -> None:
+        """Put the number of threads back: one thread's own is also that of later threads."""
+        torch.set_num_threads(self._num_threads)
+
+
+def _has_streams(device: torch.device) -> bool:
+    if device.type in ("cpu", "meta", "mps"):  # in one order, whoever calls
+        return False
+    accelerator = torch.accelerator.current_accelerator()
+    return accelerator is not None and accelerator.type == device.type

@@ -1,0 +1,163 @@
+"""Observing the inputs of BatchNorm layers, and choosing what the layers normalize with.
+
+The model runs in evaluation mode. A forward pre-hook passes each input to a callback, which takes
+the moments and writes what the layer shall normalize with into its running statistics: one
+mechanism for every method and every BatchNorm, subclasses with a forward of their own,
+SyncBatchNorm on CPU and batches of one value per channel included.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.moments import Moments
+from bnstats.reduction import mean_and_m2
+from bnstats.traversal import num_features
+
+
+class LayerMoments(NamedTuple):
+    """The moments of a layer's input: a number of values, and tensors of shape (C,)."""
+
+    num_values: int
+    mean: Tensor
+    m2: Tensor
+
+    def merge(self, other: LayerMoments) -> LayerMoments:
+        """Return the moments of the values of both."""
+        mine, theirs = (
+            Moments(torch.tensor(x.num_values, device="cpu"), x.mean, x.m2) for x in (self, other)
+        )
+        merged = mine + theirs
+        return LayerMoments(self.num_values + other.num_values, merged.mean, merged.m2)
+
+    def to(self, device: torch.device) -> LayerMoments:
+        """Return the same on a device."""
+        return LayerMoments(self.num_values, self.mean.to(device), self.m2.to(device))
+
+    def is_finite(self) -> bool:
+        """Ask, on the host, whether all of it is finite."""
+        return bool((self.mean + self.m2).isfinite().all())
+
+
+@dataclass(frozen=True, eq=False)
+class ObservedLayer:
+    """A BatchNorm layer whose input is observed.
+
+    Attributes:
+        name: its name in the unwrapped model.
+        module: the layer.
+        about_zero: it keeps its statistics about zero, and says so by a method
+            ``statistics_about_zero()``, which any layer may have.
+    """
+
+    name: str
+    module: _BatchNorm
+    about_zero: bool
+
+    @classmethod
+    def of(cls, name: str, module: _BatchNorm) -> ObservedLayer:
+        """Ask the module for what it says of itself."""
+        statistics_about_zero = getattr(module, "statistics_about_zero", None)
+        about_zero = statistics_about_zero is not None and bool(statistics_about_zero())
+        return cls(name, module, about_zero)
+
+    @property
+    def running_mean(self) -> Tensor:
+        """What the layer normalizes with."""
+        mean: Tensor = self.module.running_mean  # type: ignore[assignment]
+        return mean
+
+    @property
+    def running_var(self) -> Tensor:
+        """What the layer normalizes with."""
+        var: Tensor = self.module.running_var  # type: ignore[assignment]
+        return var
+
+    @property
+    def num_features(self) -> int:
+        """Number of channels, C."""
+        return num_features(self.module)
+
+    def moments_of(self, input: Tensor) -> LayerMoments:
+        """Return the moments of an input, about zero where the layer wants them so."""
+        mean, m2 = mean_and_m2(input.detach())
+        count = input.numel() // mean.numel()
+        if self.about_zero:
+            return LayerMoments(count, torch.zeros_like(mean), m2.addcmul_(mean, mean, value=count))
+        return LayerMoments(count, mean, m2)
+
+    def normalize_with_batch(self, moments: LayerMoments) -> None:
+        """Let the layer normalize with the biased variance of these values, as in training."""
+        self.running_mean.copy_(moments.mean)
+        if moments.m2.device == self.running_var.device:
+            torch.div(moments.m2, max(moments.num_values, 1), out=self.running_var)
+        else:
+            self.running_var.copy_(moments.m2 / max(moments.num_values, 1))
+
+    def normalize_with(self, mean: Tensor, var: Tensor) -> None:
+        """Let the layer normalize with these until the next call."""
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+
+
+OnInput = Callable[[ObservedLayer, Tensor], None]
+"""Called with a layer and its input before the layer runs."""
+
+
+@contextmanager
+def observed(
+    model: nn.Module, layers: Iterable[ObservedLayer], on_input: OnInput
+) -> Iterator[None]:
+    """Observe the layers' inputs; on leaving, the model is as it was.
+
+    The layers' own buffers are never written to: copies take their place meanwhile.
+    """
+    layers = list(layers)
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(x.module, x.running_mean, x.running_var) for x in layers]
+    hooks = []
+    try:
+        for module, _ in training:
+            module.training = False
+        for layer, (module, mean, var) in zip(layers, buffers, strict=True):
+            # A layer may also be reached without its hooks, and is then what it is in evaluation.
+            module.running_mean, module.running_var = mean.clone(), var.clone()
+            hook = _pre_hook(layer, on_input)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        with torch.no_grad(), _eager():
+            yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for module, mean, var in buffers:
+            module.running_mean, module.running_var = mean, var
+        for module, was_training in training:
+            module.training = was_training
+
+
+def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
+    channels = layer.num_features
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.get("input")
+        # What the layer cannot take, it refuses itself, in its own words.
+        if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:
+            on_input(layer, x)
+
+    return hook
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Let compiled parts run as written: compiled code need not notice new hooks."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

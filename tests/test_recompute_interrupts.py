@@ -1,0 +1,201 @@
+"""Ctrl-C at any moment, once or several times, leaves the model as it was, and no thread."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import bnstats
+from bnstats.interrupts import Interrupts
+from networks import assert_untouched, mix_modes, snapshot, trained, uneven
+
+METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
+
+
+class Pressed(BaseException):
+    """What the handler raises; a KeyboardInterrupt would end pytest if it came late."""
+
+
+@pytest.fixture
+def handler():
+    """Raises for a signal while `handler.raising`, and counts them."""
+
+    class Handler:
+        raising, count = True, 0
+
+        def __call__(self, *_):
+            self.count += 1
+            if self.raising:
+                raise Pressed
+
+    mine, before = Handler(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, mine)
+    yield mine
+    assert signal.getsignal(signal.SIGINT) is mine
+    signal.signal(signal.SIGINT, before)
+
+
+class Slow(nn.Module):
+    """Keeps a thread of `layerwise` computing while the main one is told to end."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        return x
+
+
+def slow_model(seconds=0.001):
+    model = trained()
+    for position in (7, 5, 3, 1, 0):
+        model.insert(position, Slow(seconds))
+    return model
+
+
+class Presser(threading.Thread):
+    """Presses Ctrl-C so often, the first time so many seconds after `ready` was set."""
+
+    def __init__(self, times, after, apart=0.004):
+        super().__init__()
+        self.times, self.after, self.apart = times, after, apart
+        self.ready = threading.Event()
+        self.start()
+
+    def run(self):
+        self.ready.wait()
+        time.sleep(self.after)
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(self.apart)
+
+
+@pytest.mark.parametrize("presses", [1, 2, 3])
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_ctrl_c_at_ten_moments_leaves_the_model_as_it_was_and_no_thread(method, presses, handler):
+    model, data = slow_model(), uneven()
+    mix_modes(model)
+    before = snapshot(model)
+    start = time.perf_counter()
+    bnstats.measure_population_stats(model, data, method=method)
+    whole = time.perf_counter() - start
+    for moment in range(10):
+        pressing = Presser(presses, after=whole * (moment + 0.5) / 10)
+        try:
+            try:
+                handler.raising = True
+                pressing.ready.set()
+                bnstats.measure_population_stats(model, data, method=method)
+            finally:
+                handler.raising = False  # an assignment: no handler runs before it
+        except Pressed:
+            pass
+        pressing.join()
+        # A thread that still ran would change the counters of layers in training mode.
+        assert [t for t in threading.enumerate() if t.name.startswith("bnstats")] == []
+        assert_untouched(model, before)
+    assert 10 <= handler.count <= 10 * presses  # two that come too close are one
+
+
+@pytest.mark.parametrize("presses", [1, 2, 3])
+def test_ctrl_c_while_threads_end_after_another_failure_comes_when_all_have_ended(presses, handler):
+    # The first batch fails while the others are in a long computation.
+    class FirstFails(nn.Module):
+        def forward(self, x):
+            if len(x) == 8:
+                for _ in range(presses):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.01)  # two that come too close are one
+                raise ValueError("bad")
+            time.sleep(0.05)
+            return x
+
+    model = nn.Sequential(nn.BatchNorm2d(2), FirstFails(), nn.BatchNorm2d(2))
+    before = snapshot(model)
+    with pytest.raises(Pressed) as caught:
+        bnstats.recompute_population_stats(model, uneven() * 2, method="layerwise")
+    errors = []
+    error = caught.value
+    while error is not None:
+        errors.append(type(error))
+        error = error.__context__
+    assert ValueError in errors  # nothing swallowed
+    assert 1 <= handler.count <= presses
+    assert [t for t in threading.enumerate() if t.name.startswith("bnstats")] == []
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ctrl_c_while_statistics_are_written_puts_all_of_them_back(method, handler):
+    class Interrupting(torch.Tensor):
+        """A running variance that is written to in the middle of a Ctrl-C."""
+
+        def copy_(self, *args):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().copy_(*args)
+
+    model, data = trained(), uneven()
+    model[5].running_var = model[5].running_var.as_subclass(Interrupting)
+    before = snapshot(model)
+    with pytest.raises(Pressed):
+        bnstats.recompute_population_stats(model, data, method=method)
+    handler.raising = False
+    assert_untouched(model, before)
+
+
+def test_a_signal_ends_the_callers_code_at_once(handler):
+    def loader():
+        yield torch.randn(4, 3)
+        pressing.ready.set()
+        time.sleep(20)
+
+    pressing = Presser(1, after=0.05)
+    start = time.perf_counter()
+    with pytest.raises(Pressed):
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), loader())
+    pressing.join()
+    assert time.perf_counter() - start < 10
+
+
+def test_every_signal_is_handed_on_when_the_context_ends(handler):
+    handler.raising = False
+    with Interrupts() as interrupts:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+        assert handler.count == 0
+        interrupts.check()
+        assert handler.count == 3
+        os.kill(os.getpid(), signal.SIGINT)
+        assert handler.count == 3
+    assert handler.count == 4
+
+
+def test_a_handler_set_meanwhile_stays():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with Interrupts():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_than_the_main_one_measure_too():
+    counts = []
+
+    def run():
+        stats = bnstats.measure_population_stats(
+            nn.BatchNorm1d(3), [torch.randn(4, 3)] * 2, method="layerwise"
+        )
+        counts.append(stats[""].count)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert counts == [8]
