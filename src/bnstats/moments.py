@@ -137,7 +137,8 @@ class Moments:
     m2: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "count", torch.as_tensor(self.count))
+        if not isinstance(self.count, Tensor):
+            object.__setattr__(self, "count", torch.tensor(self.count, device="cpu"))
         if self.mean.dim() != 1 or self.m2.shape != self.mean.shape:
             raise InvalidValueError(
                 "Moments: expected mean and m2 of one shape (C,), got "
@@ -154,10 +155,9 @@ class Moments:
         """Return the moments of no values: the identity of ``merge``."""
         if num_features < 0:
             raise InvalidValueError(f"num_features: expected 0 or more, got {num_features}")
-        zeros = torch.zeros(
-            num_features, dtype=wide_dtype(torch.device(device or "cpu")), device=device
-        )
-        return cls(torch.tensor(0), zeros, zeros)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        zeros = torch.zeros(num_features, dtype=wide_dtype(device), device=device)
+        return cls(torch.tensor(0, device="cpu"), zeros, zeros)
 
     @classmethod
     def from_batch(cls, x: Tensor, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
@@ -188,7 +188,7 @@ class Moments:
             x = x.unsqueeze(0).movedim(channel_dim % x.dim() + 1, 1)
         mean, m2 = mean_and_m2(x.detach())
         count = x.numel() // x.shape[1] if x.shape[1] else 0
-        return cls(torch.tensor(count), mean, m2)
+        return cls(torch.tensor(count, device="cpu"), mean, m2)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of the values of both."""
