@@ -5,17 +5,17 @@ State ``(mean, spread)``, a batch ``(batch_mean, batch_spread)``, ``d = batch_me
     mean   <- mean + d / size
     spread <- spread + (batch_spread - fade spread + between d d') / divisor
 
-where ``d' = batch_mean - mean`` with the new mean, so that ``d d' = (1 - 1 / size) d^2``. ``spread``
-is a variance or a sum of squared deviations; the :class:`Weights` make the recursion an exponential
-average, a cumulative one, or Chan's exact merge. The policies that choose them are in
-:mod:`bnstats.accumulators`.
+where ``d' = batch_mean - mean`` with the new mean, so that ``d d' = (1 - 1 / size) d^2``.
+``spread`` is a variance or a sum of squared deviations; the :class:`Weights` make the recursion
+an exponential average, a cumulative one, or Chan's exact merge. The policies that choose them
+are in :mod:`bnstats.accumulators`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def fold_(
         Whether it was taken. A batch that is not finite, or would make the state so, leaves the
         state as it is.
     """
-    size, divisor, fade, between = weights
+    size, divisor, fade, between = cast("tuple[float, float, float, float]", weights)
     delta = batch_mean - mean
     target = batch_spread
     if between != 0 and size != 1:

@@ -158,8 +158,9 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         """Forget all values: mean 0, variance 1, counters 0."""
         super().reset_running_stats()
         # nn.BatchNorm resets in its constructor, before these buffers are there.
-        if getattr(self, "num_values_tracked", None) is not None:
-            self.num_values_tracked.zero_()
+        counter = getattr(self, "num_values_tracked", None)
+        if counter is not None and self.exact_mean is not None and self.exact_var is not None:
+            counter.zero_()
             self.exact_mean.zero_()
             self.exact_var.fill_(1)
 
@@ -168,7 +169,9 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if isinstance(mean, Tensor) and isinstance(var, Tensor) and self.exact_mean is not None:
             wide = self._wide_dtype(mean)
-            state_dict.setdefault(prefix + "num_values_tracked", torch.tensor(0, device=mean.device))
+            state_dict.setdefault(
+                prefix + "num_values_tracked", torch.tensor(0, device=mean.device)
+            )
             state_dict.setdefault(prefix + "exact_mean", mean.to(wide))
             state_dict.setdefault(prefix + "exact_var", var.to(wide))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnstats.accumulators import exponential, per_batch
 from bnstats.layers.base import RunningStatsBatchNorm

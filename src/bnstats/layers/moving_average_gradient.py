@@ -84,13 +84,18 @@ class NormalizeAboutZero(torch.autograd.Function):
         add = opaque(_OPERATOR, _add_gradient)
         mean = add(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
-        return grad_x, grad_z if needs_factor else None, grad_bias if needs_bias else None, *[None] * 6
+        return (
+            grad_x,
+            grad_z if needs_factor else None,
+            grad_bias if needs_bias else None,
+            *[None] * 6,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         """Take the members of a batch one by one: each has a window of its own."""
         outputs = [
-            NormalizeAboutZero.apply(
+            NormalizeAboutZero.apply(  # type: ignore[no-untyped-call]
                 *(
                     arg if dim is None else arg.select(dim, index)
                     for arg, dim in zip(args, in_dims, strict=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidValueError
 from bnstats.layers.operators import opaque, register
+from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host
 from bnstats.reduction import mean_square, mean_square_on_host
 
@@ -35,7 +36,7 @@ class Options(NamedTuple):
     renorm_warmup: int
     max_ratio: float
 
-    def size(self, num_batches: int | Tensor) -> float | Tensor:
+    def size(self, num_batches: Number) -> Number:
         """Return 1 over the weight of the batch after so many others in running_var."""
         return num_batches + 1 if self.momentum is None else 1 / max(self.momentum, 1e-30)
 
@@ -87,26 +88,43 @@ def take_step(state: State, x: Tensor, options: Options) -> Scale:
     count. With momentum 0 nothing moves. A forward that runs inside a backward pass is one that
     activation checkpointing runs again: it gets what it got the first time, and moves nothing.
     """
+    x, dtype = x.detach(), state.mean_squares.dtype
+    if on_host(x):
+        chi = torch.from_numpy(mean_square_on_host(x)).to(dtype)
+    else:
+        chi = mean_square(x).to(dtype)
     step = opaque(_OPERATOR, _take_step)
-    if step is _take_step:
-        return _take_step(state, x.detach(), options)
-    return Scale(*step(*state, x.detach(), *options))
+    return Scale(*step(*state, chi, *options))
 
 
-def _take_step(state: State, x: Tensor, options: Options) -> Scale:
-    moves = options.momentum != 0
-    again = moves and in_backward_pass()
-    if on_host(x) and not again:
-        return _take_step_on_host(state, x, options)
-    chi = mean_square(x).to(state.mean_squares.dtype)
-    if again:
+def _take_step(
+    running_var: Tensor,
+    num_batches: Tensor | None,
+    mean_squares: Tensor,
+    scales: Tensor,
+    gradient_steps: Tensor,
+    num_steps: Tensor,
+    chi: Tensor,
+    eps: float,
+    momentum: float | None,
+    warmup: int,
+    renorm_warmup: int,
+    max_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decide whether a step counts, and write it."""
+    state = State(running_var, num_batches, mean_squares, scales, gradient_steps, num_steps)
+    options = Options(eps, momentum, warmup, renorm_warmup, max_ratio)
+    moves = momentum != 0
+    if moves and in_backward_pass():
         return _recall(state, chi)
+    if on_host(chi):
+        return _take_step_on_host(state, chi, options)
     new, scale = _advance(state, chi, options)
     running = new.running_var.to(state.running_var.dtype)
     counted = torch.maximum(chi.max(), running.max()) < torch.inf
     if moves:
         for buffer, value in zip(state, new, strict=True):
-            if buffer is not None and value is not buffer:
+            if buffer is not None and value is not None and value is not buffer:
                 buffer.copy_(torch.where(counted, value, buffer))
     var, ratio, step = scale
     var = torch.where(counted, var, chi)
@@ -125,7 +143,7 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
     ratio = ratio.clamp_(1 / options.max_ratio, options.max_ratio)
     ratio = torch.where(step > options.renorm_after, ratio, 1)
     num_batches = state.num_batches
-    size = options.size(torch.inf if num_batches is None else num_batches)
+    size = options.size(math.inf if num_batches is None else num_batches)
     following = running_var + (var - running_var) / size
     replaces = size == 1
     if isinstance(replaces, Tensor):
@@ -141,9 +159,9 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
-def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
-    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.momentum != 0
-    chi = mean_square_on_host(x).astype(ring.dtype)
+def _take_step_on_host(state: State, mean_square: Tensor, options: Options) -> Scale:
+    chi, moves = mean_square.numpy(), options.momentum != 0
+    ring, scales = state.mean_squares.numpy(), state.scales.numpy()
     if not math.isfinite(chi.sum()):
         return _itself(state, chi)
     length, step = len(ring), int(state.num_steps) + 1
@@ -152,12 +170,16 @@ def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
         ring, scales = ring.copy(), scales.copy()
     before, ring[slot] = ring[slot].copy(), chi
     # A mean takes twice as long as a sum.
-    var = ring.sum(0) / length if ring_buffer.is_warm(step, length, options.warmup) else chi
-    ratio = np.ones_like(var)
+    warm = ring_buffer.is_warm(step, length, options.warmup)
+    var = ring.sum(0) / length if warm else chi.copy()
     if step > options.renorm_after:
-        running_var = state.running_var.to(state.scales.dtype).numpy()
-        ratio = np.sqrt((var + options.eps) / (running_var + options.eps))
-        ratio = np.minimum(np.maximum(ratio, 1 / options.max_ratio), options.max_ratio)
+        ratio = var + options.eps
+        ratio /= state.running_var.to(state.scales.dtype).numpy() + options.eps
+        np.sqrt(ratio, out=ratio)
+        np.maximum(ratio, 1 / options.max_ratio, out=ratio)
+        np.minimum(ratio, options.max_ratio, out=ratio)
+    else:
+        ratio = np.ones_like(var)
     scales[slot, 0], scales[slot, 1] = var, ratio
     scale = Scale(torch.from_numpy(var), torch.from_numpy(ratio), state.num_steps + 1)
     if not moves:
@@ -171,7 +193,7 @@ def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
 
 def _itself(state: State, chi: NDArray[Any]) -> Scale:
     """Return what normalizes a batch that does not count."""
-    var = torch.from_numpy(chi)
+    var = torch.from_numpy(chi.copy())
     return Scale(var, torch.ones_like(var), torch.zeros_like(state.num_steps))
 
 
@@ -179,7 +201,7 @@ def _follow_on_host(state: State, var: Tensor, options: Options) -> bool:
     """Move running_var, and count the batch; return False where half cannot hold what comes."""
     running_var, num_batches = state.running_var, state.num_batches
     count = math.inf if num_batches is None else int(num_batches)
-    weight = 1 / options.size(count)
+    weight = 1 / float(options.size(count))
     if weight == 1:
         following = var
     elif running_var.dtype == var.dtype:
@@ -225,35 +247,14 @@ def _recall(state: State, chi: Tensor) -> Scale:
     )
 
 
-def _operator(
-    running_var: Tensor,
-    num_batches: Tensor | None,
-    mean_squares: Tensor,
-    scales: Tensor,
-    gradient_steps: Tensor,
-    num_steps: Tensor,
-    x: Tensor,
-    eps: float,
-    momentum: float | None,
-    warmup: int,
-    renorm_warmup: int,
-    max_ratio: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    state = State(running_var, num_batches, mean_squares, scales, gradient_steps, num_steps)
-    options = Options(eps, momentum, warmup, renorm_warmup, max_ratio)
-    return tuple(_take_step(state, x, options))
-
-
-def _operator_shapes(
-    running_var: Tensor, num_batches: Tensor | None, mean_squares: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    vector = mean_squares.new_empty(mean_squares.shape[1])
-    return vector, torch.empty_like(vector), vector.new_empty((), dtype=torch.int64)
+def _shapes(*state_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_steps, chi = state_and_options[5:7]
+    return torch.empty_like(chi), torch.empty_like(chi), torch.empty_like(num_steps)
 
 
 _OPERATOR = register(
     "moving_average_step",
-    _operator,
-    _operator_shapes,
+    _take_step,
+    _shapes,
     *("running_var", "num_batches", "mean_squares", "scales", "num_steps"),
 )
