@@ -6,8 +6,19 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bnstats.layers import about_zero, windows
+from bnstats.layers import moving_average_gradient, moving_average_step
 from moving_average import make, same, state, train
+
+
+@pytest.fixture
+def wait_for_nothing(monkeypatch):
+    """Have the host take its tensors for a device's."""
+
+    def nowhere():
+        for module in (moving_average_step, moving_average_gradient):
+            monkeypatch.setattr(module, "on_host", lambda tensor: False)
+
+    return nowhere
 
 
 class TestDevicePath:
@@ -15,7 +26,7 @@ class TestDevicePath:
 
     @pytest.mark.parametrize("use_reentrant", [None, False, True])
     def test_counters_as_tensors_give_the_numbers_of_counters_as_numbers(
-        self, monkeypatch, use_reentrant
+        self, monkeypatch, wait_for_nothing, use_reentrant
     ):
         layer, other = make(dtype=torch.float64), make(dtype=torch.float64)
         for step in range(40):
@@ -24,7 +35,7 @@ class TestDevicePath:
             inputs = [x.clone().requires_grad_() for _ in range(2)]
             monkeypatch.undo()
             layer(inputs[0]).square().sum().backward()
-            monkeypatch.setattr(windows, "on_host", lambda tensor: False)
+            wait_for_nothing()
             if use_reentrant is None:
                 output = other(inputs[1])
             else:
@@ -35,8 +46,8 @@ class TestDevicePath:
             for name in ours:
                 torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
-    def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, monkeypatch):
-        monkeypatch.setattr(windows, "on_host", lambda tensor: False)
+    def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, wait_for_nothing):
+        wait_for_nothing()
         layer = make(window=2)
         xs = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
         losses = [checkpoint(layer, x, use_reentrant=False).sum() for x in xs]
@@ -56,7 +67,7 @@ class TestDevicePath:
         x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(a).pow(3).sum().backward()
-        monkeypatch.setattr(about_zero, "_anywhere", about_zero._on_cuda)
+        monkeypatch.setattr(moving_average_gradient, "_anywhere", moving_average_gradient._on_cuda)
         other(b).pow(3).sum().backward()
         torch.testing.assert_close(a.grad, b.grad)
         for ours, theirs in zip(layer.parameters(), other.parameters(), strict=True):
