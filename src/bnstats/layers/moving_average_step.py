@@ -149,7 +149,7 @@ def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
     length, step = len(ring), int(state.num_steps) + 1
     slot = step % length
     if not moves:
-        ring, scales = ring.copy(), scales.copy()
+        ring = ring.copy()
     before, ring[slot] = ring[slot].copy(), chi
     # A mean takes twice as long as a sum.
     var = ring.sum(0) / length if ring_buffer.is_warm(step, length, options.warmup) else chi
@@ -158,13 +158,13 @@ def _take_step_on_host(state: State, x: Tensor, options: Options) -> Scale:
         running_var = state.running_var.to(state.scales.dtype).numpy()
         ratio = np.sqrt((var + options.eps) / (running_var + options.eps))
         ratio = np.minimum(np.maximum(ratio, 1 / options.max_ratio), options.max_ratio)
-    scales[slot, 0], scales[slot, 1] = var, ratio
     scale = Scale(torch.from_numpy(var), torch.from_numpy(ratio), state.num_steps + 1)
     if not moves:
         return scale._replace(step=-scale.step)
     if not _follow_on_host(state, scale.var, options):
         ring[slot] = before
         return _itself(state, chi)
+    scales[slot, 0], scales[slot, 1] = var, ratio
     state.num_steps.copy_(scale.step)
     return scale
 
