@@ -1,36 +1,40 @@
-"""The three ways that a training forward takes on a CPU; each keeps every promise."""
+"""The ways that a training forward takes on a CPU; each keeps every promise."""
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bnstats.layers import base, moving_average_gradient, moving_average_step
+
 
 class Passing(TorchDispatchMode):
-    """Sees every operator, and runs it as it is: a layer then counts by tensors."""
+    """Sees every operator, and runs it as it is."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return func(*args, **(kwargs or {}))
 
 
-def on_host(layer, x):
-    """The statistics move by numbers that Python reads."""
+def directly(layer, x):
     return layer(x)
 
 
-def intercepted(layer, x):
-    """They move by tensors, as on a device."""
+def seen_by_a_mode(layer, x):
     with Passing():
         return layer(x)
 
 
 def compiled(layer, x):
-    """They move by tensors within one graph of torch.compile."""
     return torch.compile(layer, backend="eager", fullgraph=True)(x)
 
 
-@pytest.fixture(params=[on_host, intercepted, compiled], ids=lambda path: path.__name__)
-def run(request):
-    """A function of a layer and its input, for each of the ways."""
-    if request.param is compiled:
-        torch.compiler.reset()
-    return request.param
+PATHS = {
+    "host": directly,  # by numbers that Python reads
+    "device": directly,  # by tensors alone, as where the host must not wait
+    "dispatch mode": seen_by_a_mode,
+    "compiled": compiled,
+}
+
+
+def take_tensors_for_a_devices(monkeypatch):
+    """Have the layers wait for no tensor's values, as on CUDA."""
+    for module in (base, moving_average_step, moving_average_gradient):
+        monkeypatch.setattr(module, "on_host", lambda tensor: False)

@@ -6,19 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bnstats.layers import moving_average_gradient, moving_average_step
+from bnstats.layers import moving_average_gradient
 from moving_average import make, same, state, train
-
-
-@pytest.fixture
-def wait_for_nothing(monkeypatch):
-    """Have the host take its tensors for a device's."""
-
-    def nowhere():
-        for module in (moving_average_step, moving_average_gradient):
-            monkeypatch.setattr(module, "on_host", lambda tensor: False)
-
-    return nowhere
+from paths import take_tensors_for_a_devices
 
 
 class TestDevicePath:
@@ -26,7 +16,7 @@ class TestDevicePath:
 
     @pytest.mark.parametrize("use_reentrant", [None, False, True])
     def test_counters_as_tensors_give_the_numbers_of_counters_as_numbers(
-        self, monkeypatch, wait_for_nothing, use_reentrant
+        self, monkeypatch, use_reentrant
     ):
         layer, other = make(dtype=torch.float64), make(dtype=torch.float64)
         for step in range(40):
@@ -35,7 +25,7 @@ class TestDevicePath:
             inputs = [x.clone().requires_grad_() for _ in range(2)]
             monkeypatch.undo()
             layer(inputs[0]).square().sum().backward()
-            wait_for_nothing()
+            take_tensors_for_a_devices(monkeypatch)
             if use_reentrant is None:
                 output = other(inputs[1])
             else:
@@ -46,8 +36,8 @@ class TestDevicePath:
             for name in ours:
                 torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
-    def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, wait_for_nothing):
-        wait_for_nothing()
+    def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, monkeypatch):
+        take_tensors_for_a_devices(monkeypatch)
         layer = make(window=2)
         xs = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
         losses = [checkpoint(layer, x, use_reentrant=False).sum() for x in xs]
