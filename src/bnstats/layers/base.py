@@ -170,9 +170,9 @@ class RunningStatsBatchNorm(_BatchNorm):
 
     def _track_on_host(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
         """Do it by numbers, which are cheaper than small tensors, and in place."""
+        state = mean, var = self._state()  # first: it may find that others reset the counters
         counters = [self._buffers[name] for name in self._counters]
         counts = [math.inf if counter is None else int(counter) for counter in counters]
-        state = mean, var = self._state()
         rounded_to = self._half_dtype()
         if rounded_to is not None:  # the step is taken wide, and on a copy
             mean, var = (x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in state)
