@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+import paths
+
 # The same examples in every run; a busy machine is no failure.
 settings.register_profile("bnstats", deadline=None, derandomize=True)
 settings.load_profile("bnstats")
@@ -35,6 +37,16 @@ _LIBRARY = _import_torchvision()
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=paths.PATHS)
+def run(request, monkeypatch):
+    """A function of a layer and its input, for each of the ways that a forward may take."""
+    if request.param == "compiled":
+        torch.compiler.reset()
+    if request.param == "device":
+        paths.take_tensors_for_a_devices(monkeypatch)
+    return paths.PATHS[request.param]
 
 
 @pytest.fixture

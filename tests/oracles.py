@@ -39,6 +39,32 @@ def exponential(batches, momentum, *, debias, pooled, mean=0.0, var=1.0):
     return mean, var
 
 
+def exponential_shares(count, momentum, *, debias):
+    """What each of so many batches weighs in an exponential average, and what is left of its start.
+
+    Without debiasing the newest weighs momentum, and each weighs the share of its predecessor
+    divided by ``1 - momentum``; debiased, those shares are scaled to a sum of 1.
+    """
+    shares = momentum * (1 - momentum) ** np.arange(count - 1, -1, -1.0)
+    return (shares / shares.sum(), 0.0) if debias else (shares, (1 - momentum) ** count)
+
+
+def weighted_mean_var(batches, shares, start=0.0):
+    """Mean and unbiased variance of all values, where each batch has a share in all.
+
+    The definition: every value weighs the share of its batch over its number of values, and the
+    variance about the mean is divided by 1 minus the sum of the squared weights, which is its
+    expectation for values of variance 1. What is left is the share of a state that was there
+    before, of mean 0 and variance 1, as of a value without end.
+    """
+    x = np.concatenate([values(batch) for batch in batches])
+    sizes = [len(values(batch)) for batch in batches]
+    weights = np.repeat(np.asarray(shares) / sizes, sizes)[:, None]
+    mean = (weights * x).sum(0)
+    spread = (weights * (x - mean) ** 2).sum(0) + start * (1 + mean**2)
+    return mean, spread / (1 - (weights**2).sum())
+
+
 def batch_average(batches):
     """Algorithm 2 of the BatchNorm paper: averages of batch means and unbiased variances."""
     pairs = [mean_var([batch]) for batch in batches]

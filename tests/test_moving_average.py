@@ -211,13 +211,15 @@ class TestInputs:
         windows = [layer.window_mean_squares, layer.window_scales, layer.window_gradients]
         assert all(w.dtype == torch.float32 for w in windows)
         assert layer.running_var.dtype == layer.weight.dtype == dtype
-        # A mean square above float16's largest number, which x itself is far below.
-        x = torch.full((2, 3, 4, 5), 1000.0, dtype=dtype, requires_grad=True)
+        # A mean square above float16's largest number, which running_var, a tenth of it, is not.
+        x = torch.full((2, 3, 4, 5), 300.0, dtype=dtype, requires_grad=True)
         output = layer(x)
         output.sum().backward()
         assert output.dtype == layer.weight.grad.dtype == dtype
         torch.testing.assert_close(output.float(), torch.ones(2, 3, 4, 5), rtol=1e-2, atol=0)
-        assert layer.window_mean_squares[1, 0] > 9e5
+        assert layer.window_mean_squares[1, 0] > torch.finfo(torch.float16).max
+        expected = torch.full((3,), 0.9 + 0.1 * 300**2)
+        torch.testing.assert_close(layer.running_var.float(), expected, rtol=1e-2, atol=0)
         built = make(dtype=dtype)
         assert built.window_gradients.dtype == torch.float32
 

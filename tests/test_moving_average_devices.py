@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from bnstats.layers import about_zero, windows
+from bnstats.layers import moving_average_gradient
 from moving_average import make, same, state, train
+from paths import take_tensors_for_a_devices
 
 
 class TestDevicePath:
@@ -24,7 +25,7 @@ class TestDevicePath:
             inputs = [x.clone().requires_grad_() for _ in range(2)]
             monkeypatch.undo()
             layer(inputs[0]).square().sum().backward()
-            monkeypatch.setattr(windows, "on_host", lambda tensor: False)
+            take_tensors_for_a_devices(monkeypatch)
             if use_reentrant is None:
                 output = other(inputs[1])
             else:
@@ -36,7 +37,7 @@ class TestDevicePath:
                 torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
     def test_a_forward_longer_ago_than_the_window_shows_as_nan(self, monkeypatch):
-        monkeypatch.setattr(windows, "on_host", lambda tensor: False)
+        take_tensors_for_a_devices(monkeypatch)
         layer = make(window=2)
         xs = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
         losses = [checkpoint(layer, x, use_reentrant=False).sum() for x in xs]
@@ -56,7 +57,7 @@ class TestDevicePath:
         x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         layer(a).pow(3).sum().backward()
-        monkeypatch.setattr(about_zero, "_anywhere", about_zero._on_cuda)
+        monkeypatch.setattr(moving_average_gradient, "_anywhere", moving_average_gradient._on_cuda)
         other(b).pow(3).sum().backward()
         torch.testing.assert_close(a.grad, b.grad)
         for ours, theirs in zip(layer.parameters(), other.parameters(), strict=True):

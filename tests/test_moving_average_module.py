@@ -27,6 +27,11 @@ WINDOW_KEYS = [
 ]
 
 
+def ring_buffers(layer):
+    """Every buffer beside those of torch's layer, by name."""
+    return {name: b for name, b in layer.named_buffers() if name not in PLAIN_KEYS}
+
+
 class TestModule:
     @pytest.mark.parametrize("dims", [1, 2, 3])
     def test_is_torchs_class_with_its_keys_and_a_few_more(self, dims):
@@ -46,7 +51,7 @@ class TestModule:
         options = {"eps": np.float64(1e-3), "max_ratio": np.float64(2), "warmup": np.int64(2)}
         layer = train(make(**options), 30)
         assert layer(torch.randn(2, 3, 4, 5)).dtype == torch.float32
-        assert {v.dtype for v in layer._windows()} == {torch.float32, torch.int64}
+        assert {v.dtype for v in ring_buffers(layer).values()} == {torch.float32, torch.int64}
 
     def test_the_package_can_be_imported_twice(self):
         # notebooks do so; torch registers an operator once
@@ -72,7 +77,7 @@ class TestModule:
 
     def test_half_precision_goes_with_a_change_of_device(self):
         layer = make().to("meta", torch.float16)
-        assert all(v.is_meta for v in layer._windows())
+        assert all(v.is_meta for v in ring_buffers(layer).values())
         layer._apply(lambda t: torch.empty_like(t, device="cpu").half())
         assert layer.window_mean_squares.device.type == "cpu"
         assert layer.window_mean_squares.dtype == torch.float32
@@ -212,7 +217,7 @@ class TestLoading:
     def test_assigned_double_precision_is_that_of_every_window(self, source):
         layer = make()
         layer.load_state_dict(source().double().state_dict(), assign=True)
-        assert {v.dtype for v in layer._windows()} == {torch.float64, torch.int64}
+        assert {v.dtype for v in ring_buffers(layer).values()} == {torch.float64, torch.int64}
         train(layer, 3, dtype=torch.float64)
 
     def test_assigned_half_windows_become_float32_again(self):
@@ -220,7 +225,7 @@ class TestLoading:
         half = {k: v.half() if v.is_floating_point() else v for k, v in make().state_dict().items()}
         layer.load_state_dict(half, assign=True)
         assert layer.running_var.dtype == torch.float16
-        assert {v.dtype for v in layer._windows()} == {torch.float32, torch.int64}
+        assert {v.dtype for v in ring_buffers(layer).values()} == {torch.float32, torch.int64}
         train(layer, 3, dtype=torch.float16)
 
     def test_own_checkpoints_load_without_a_word(self):
@@ -339,12 +344,12 @@ class TestCompile:
         torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(2, 3, 4, 5))
         assert layer.num_steps_tracked == 1
 
-    def test_operators_keep_the_rules_of_custom_operators(self):
+    @pytest.mark.parametrize("momentum", [0.1, None])
+    def test_operators_keep_the_rules_of_custom_operators(self, momentum):
         layer = train(make(), 30)
-        chi = torch.rand(3)
-        step = layer.num_steps_tracked + 0
-        scale = (torch.rand(3), torch.rand(3), step)
-        arguments = (*scale, *layer._windows(), chi, 1e-5, 5, 8, 5.0)
-        torch.library.opcheck(torch.ops.bnstats.settle, arguments)
-        arguments = (layer.window_gradients, layer.window_gradient_steps, step, chi, 5)
-        torch.library.opcheck(torch.ops.bnstats.add_gradient, arguments)
+        options = (1e-5, momentum, 5, 8, 5.0)
+        arguments = (*layer._step_state(), torch.randn(2, 3, 4, 5), *options)
+        torch.library.opcheck(torch.ops.bnstats.moving_average_step, arguments)
+        psi, step = torch.rand(3), layer.num_steps_tracked.clone()
+        arguments = (layer.window_gradients, layer.window_gradient_steps, step, psi, 5)
+        torch.library.opcheck(torch.ops.bnstats.moving_average_gradient, arguments)

@@ -158,9 +158,9 @@ class RunningStatsBatchNorm(_BatchNorm):
 
     def _track_on_host(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
         """Fold a batch's mean and unbiased variance in, unless what comes of it is not finite."""
+        mean, var = state = self._state()  # first: it may find that others reset the counters
         counters = [self._buffers[name] for name in self._counters]
         counts = [math.inf if counter is None else int(counter) for counter in counters]
-        mean, var = state = self._state()
         rounds = self._half_dtype()
         if rounds is not None:  # half is too coarse for a step: it is taken on a copy
             mean, var = _widened(mean), _widened(var)

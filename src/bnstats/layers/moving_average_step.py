@@ -167,7 +167,7 @@ def _take_step_on_host(state: State, mean_square: Tensor, options: Options) -> S
     length, step = len(ring), int(state.num_steps) + 1
     slot = step % length
     if not moves:
-        ring, scales = ring.copy(), scales.copy()
+        ring = ring.copy()
     before, ring[slot] = ring[slot].copy(), chi
     # A mean takes twice as long as a sum.
     warm = ring_buffer.is_warm(step, length, options.warmup)
@@ -180,13 +180,13 @@ def _take_step_on_host(state: State, mean_square: Tensor, options: Options) -> S
         np.minimum(ratio, options.max_ratio, out=ratio)
     else:
         ratio = np.ones_like(var)
-    scales[slot, 0], scales[slot, 1] = var, ratio
     scale = Scale(torch.from_numpy(var), torch.from_numpy(ratio), state.num_steps + 1)
     if not moves:
         return scale._replace(step=-scale.step)
     if not _follow_on_host(state, scale.var, options):
         ring[slot] = before
         return _itself(state, chi)
+    scales[slot, 0], scales[slot, 1] = var, ratio
     state.num_steps.copy_(scale.step)
     return scale
 
