@@ -43,7 +43,7 @@ class TestPrecision:
         # What the layer's kernel leaves of each batch, rounded to float32 as that does.
         means, variances = x.mean(1).float(), x.var(1).float()
         for mean, var in zip(means, variances, strict=True):
-            layer._track(mean, var, 2)
+            layer._track_on_host(mean, var, 2)
         assert layer.num_values_tracked == 2 * count
         assert_statistics_of(layer, [x.reshape(-1, CHANNELS)])
 

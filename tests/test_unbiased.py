@@ -46,7 +46,7 @@ def variances(batches, channels, dtype, *, forward):
             if forward:
                 layer(x)
             else:
-                layer._track(mean, var, len(x))
+                layer._track_on_host(mean, var, len(x))
             if step in STEPS:
                 yield (step, name), layer.running_var.clone()
 

@@ -169,11 +169,10 @@ class MovingAverageBatchNorm(MovingAverageState):
         schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
         options = Options(self.eps, self.momentum, *schedule)
         var, ratio, step = take_step(self._step_state(), input, options)
-        factor = ratio if weight is None else weight * ratio
         gradients = (self.window_gradients, self.window_gradient_steps)
         # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
         output: Tensor = NormalizeAboutZero.apply(  # type: ignore[no-untyped-call]
-            input, factor, bias, var, step, *gradients, self.eps, self.warmup
+            input, weight, bias, var, ratio, self.eps, step, *gradients, self.warmup
         )
         return output
 

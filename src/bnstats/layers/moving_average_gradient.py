@@ -35,8 +35,8 @@ class NormalizeAboutZero(torch.autograd.Function):
 
     With n values per channel::
 
-        z = x / sqrt(var + eps);  output = factor z + bias
-        g = factor grad;  psi = sum(g z) / n;  Psi = mean of psi over the window of gradients
+        z = x / sqrt(var + eps);  output = weight ratio z + bias
+        g = weight ratio grad;  psi = sum(g z) / n;  Psi = mean of psi over the window of gradients
         grad_x = (g - z Psi) / sqrt(var + eps)
 
     Only x and vectors of one number per channel are kept for the backward.
@@ -45,23 +45,22 @@ class NormalizeAboutZero(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        factor: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         var: Tensor,
-        step: Tensor,
-        gradients: Tensor,
-        gradient_steps: Tensor,
+        ratio: Tensor,
         eps: float,
-        warmup: int,
+        *_: Any,
     ) -> Tensor:
-        """Normalize."""
+        """Normalize; the other arguments are the backward's."""
+        factor = ratio if weight is None else weight * ratio
         return F.batch_norm(x, torch.zeros_like(var), var, factor, bias, False, 0.0, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
         """Keep what the backward needs."""
-        x, factor, _, var, step, gradients, gradient_steps, ctx.eps, ctx.warmup = inputs
-        ctx.save_for_backward(x, factor, var, step)
+        x, weight, _, var, ratio, ctx.eps, step, gradients, gradient_steps, ctx.warmup = inputs
+        ctx.save_for_backward(x, weight, var, ratio, step)
         # Not saved but held: other forwards may write to them before this backward does.
         ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
 
@@ -74,8 +73,9 @@ class NormalizeAboutZero(torch.autograd.Function):
                 "is no derivative of its output, and has none itself; use evaluation mode or "
                 "nn.BatchNorm for second derivatives"
             )
-        x, factor, var, step = ctx.saved_tensors
-        needs_x, needs_factor, needs_bias, *_ = ctx.needs_input_grad
+        x, weight, var, ratio, step = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        factor = ratio if weight is None else weight * ratio
         # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
         grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
@@ -84,12 +84,8 @@ class NormalizeAboutZero(torch.autograd.Function):
         add = opaque(_OPERATOR, _add_gradient)
         mean = add(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
-        return (
-            grad_x,
-            grad_z if needs_factor else None,
-            grad_bias if needs_bias else None,
-            *[None] * 6,
-        )
+        grad_weight = grad_z * ratio if needs_weight else None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 7
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
