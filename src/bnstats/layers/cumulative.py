@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,15 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         if num_batches is not None and self.num_values_tracked is not None:
             # Lightning's weight averaging resets torch's counter, and knows of no other.
             self.num_values_tracked.mul_(num_batches != 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        tracks = self.exact_mean is not None
+        if tracks and not self._versions.know(self._shown()):
+            self._reconcile()
+        module = super()._apply(fn, recurse)
+        if tracks:  # a layer that was half shows every digit again
+            self._publish()
+        return module
 
     def _wide_dtype(self, running: Tensor) -> torch.dtype:
         return wide_dtype(running.device)
