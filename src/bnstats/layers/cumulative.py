@@ -158,9 +158,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         return wide_dtype(running.device)
 
     def adopt_statistics(self) -> None:
-        """Show these statistics in evaluation; the first batch replaces them."""
-        if self.num_values_tracked is not None:
-            self.num_values_tracked.zero_()
+        """Go on from them; where no values were counted, the first batch replaces them."""
+        if self.exact_mean is not None:
             self._reconcile()
 
     def reset_running_stats(self) -> None:
