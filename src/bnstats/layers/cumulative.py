@@ -28,28 +28,40 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         running_var  <- ((N - 1) running_var + (n - 1) s + (N n / T) d^2) / (T - 1)
 
     It is the layer for a pass over data with the weights fixed (reset, then forward in
-    training mode); in training the weights move, and old values stay in the statistics for
-    ever. For a trained model :func:`bnstats.recompute_population_stats` does the whole job.
+    training mode); in training the weights move, and old values never leave the statistics.
+    For a trained model :func:`bnstats.recompute_population_stats` does the whole job.
 
-    A batch whose statistics are not finite changes nothing; an empty one neither. Running
-    statistics move once per training forward, also under activation checkpointing.
+    The recursion runs in ``exact_mean`` and ``exact_var``, in float64: a float32 average of
+    many batches stops following them. The running statistics are rounded from there after each
+    batch. What others write to them counts: the recursion goes on from it. A
+    ``num_batches_tracked`` that others set to 0 starts it anew.
+
+    A batch whose statistics are not finite changes nothing; an empty one neither, nor does any
+    with momentum 0. Running statistics move once per training forward, also under activation
+    checkpointing.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance before the square root.
         momentum: kept for the way back to ``nn.BatchNorm``, and of no effect but for 1.0, with
             which the statistics are those of the latest batch alone (fvcore's
-            ``update_bn_stats`` asks for that).
+            ``update_bn_stats`` asks for that), and 0.0, with which nothing moves.
         affine: learn a weight and a bias per channel.
         track_running_stats: False keeps no running statistics; evaluation then uses the
             batch's, as in ``nn.BatchNorm``.
         device: of parameters and buffers.
-        dtype: of parameters and buffers.
+        dtype: of parameters and running statistics.
+        bias: with affine, learn a bias too.
 
     Attributes:
-        num_values_tracked: the N above, int64. A plain checkpoint has none: it starts at 0,
-            so that the statistics loaded serve evaluation until the first training batch
-            replaces them.
+        num_values_tracked: the N above, int64.
+        exact_mean: running_mean before rounding, float64 where the device has it.
+        exact_var: running_var before rounding, likewise.
+
+    Note:
+        A plain checkpoint loads with ``strict=True`` and N = 0: the statistics loaded serve
+        evaluation until the first training batch replaces them. This layer's own checkpoint has
+        three keys more than a plain one; ``revert_batchnorm`` takes them away.
 
     Raises:
         InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], or

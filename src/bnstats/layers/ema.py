@@ -18,21 +18,26 @@ class EMABatchNorm(RunningStatsBatchNorm):
     r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, with a better moving average.
 
     Output and gradients in training are ``nn.BatchNorm``'s. The running statistics differ: for
-    batch t with mean m and unbiased variance s, ``d = m - running_mean`` and weight a::
+    batch t of n values with mean m and unbiased variance s, ``d = m - running_mean`` and weight
+    a, with Q the sum over the batches before of their squared weights, over n::
 
+        a  = momentum / (1 - (1 - momentum)^t)                           debiased, else momentum
+        Q' = (1 - a)^2 Q + a^2 / n
         running_mean <- running_mean + a d
-        running_var  <- (1 - a) running_var + a s [+ a (1 - a) d^2]      bracket: pooled
-        a = momentum / (1 - (1 - momentum)^t)                            debiased, else momentum
+        running_var  <- ((1 - a) (1 - Q) running_var + a (n - 1) / n s + a (1 - a) d^2) / (1 - Q')
+                                                        pooled, else (1 - a) running_var + a s
 
     Debiased, the initial 0 and 1 have no part in the averages: they are right from the first
     batch on, where ``nn.BatchNorm`` needs some ``3 / momentum`` batches. Pooled, running_var
     counts the variance between batch means too, as the variance over all values does; an
     average of within-batch variances misses it, and small batches of unlike data miss most.
+    Q takes out what batch means differ by chance alone: for values of one distribution the
+    expectation of running_var is their variance, whatever n, t and momentum.
 
-    A batch whose statistics are not finite changes nothing; an empty one neither. Running
-    statistics move once per training forward, also under activation checkpointing. After
-    ``module.half()`` the buffers are half, as ``nn.BatchNorm``'s, and each update is computed
-    in float32.
+    A batch whose statistics are not finite changes nothing; an empty one neither, nor does any
+    with momentum 0. Running statistics move once per training forward, also under activation
+    checkpointing. After ``module.half()`` the buffers are half, as ``nn.BatchNorm``'s; each
+    update is computed in float32, and a batch that they cannot hold changes nothing either.
 
     Args:
         num_features: C, the number of channels.
@@ -43,6 +48,7 @@ class EMABatchNorm(RunningStatsBatchNorm):
             batch's, as in ``nn.BatchNorm``.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
+        bias: with affine, learn a bias too.
         debias: take the initial state out of the average.
         pooled: count the variance between batches.
 
@@ -119,7 +125,7 @@ class EMABatchNorm(RunningStatsBatchNorm):
             counter.fill_(math.ceil(-math.log(torch.finfo(torch.float32).eps) / self.momentum))
 
     def extra_repr(self) -> str:
-        """Say the options that ``nn.BatchNorm`` has not."""
+        """Return the options, those that ``nn.BatchNorm`` lacks last."""
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{plain}, debias={self.debias}, pooled={self.pooled}"
 

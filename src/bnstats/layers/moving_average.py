@@ -56,11 +56,13 @@ class MovingAverageBatchNorm(MovingAverageState):
     Args:
         num_features: C, the number of channels.
         eps: added to the variance before the square root.
-        momentum: weight of the new value in running_var, in [0, 1]; None averages all of them.
+        momentum: weight of the new value in running_var, in [0, 1]; None averages all of them;
+            with 0 nothing moves, windows and counters included.
         affine: learn a weight and a bias per channel.
         track_running_stats: True; the windows cannot do without.
         device: of parameters and buffers.
         dtype: of parameters and running statistics; windows are float32 or wider.
+        bias: with affine, learn a bias too.
         window: m, the number of forwards that are averaged over, at least 1.
         warmup: forwards that are normalized by the batch's own statistics, at least 0.
         renorm_warmup: forwards before the running variance takes part, at least 0.
@@ -177,7 +179,7 @@ class MovingAverageBatchNorm(MovingAverageState):
         return output
 
     def extra_repr(self) -> str:
-        """Say the options that ``nn.BatchNorm`` has not."""
+        """Return the options, those that ``nn.BatchNorm`` lacks last."""
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return (
             f"{plain}, window={self.window}, warmup={self.warmup}, "
