@@ -50,3 +50,11 @@ def on_host(tensor: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not intercepted()
     )
+
+
+def version(tensor: Tensor) -> float:
+    """Return autograd's count of the writes to a tensor, which has no public reader.
+
+    Inference tensors count none: NaN, which equals no other.
+    """
+    return float("nan") if tensor.is_inference() else tensor._version

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from bnstats.private import version
+
 
 class Versions:
     """Remembers tensors by identity and by autograd's count of the writes to them.
@@ -34,7 +36,5 @@ def _versions(tensors: Iterable[Tensor | None]) -> list[float]:
     versions: list[float] = []
     for tensor in tensors:
         if tensor is not None:
-            # Inference tensors count no writes: NaN equals no other.
-            version = float("nan") if tensor.is_inference() else tensor._version
-            versions += (id(tensor), version)
+            versions += (id(tensor), version(tensor))
     return versions

@@ -1,0 +1,75 @@
+"""torch's private names still mean what they are used for: these tests notice when they go."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnstats import private
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def seen_by(run):
+    """What intercepted() says inside of something that calls a function of a tensor."""
+    answers = []
+
+    def function(x):
+        answers.append(private.intercepted())
+        return x * 2
+
+    run(function, torch.ones(3))
+    assert answers
+    return answers[0]
+
+
+def in_mode(function, x):
+    with Passing():
+        function(x)
+
+
+INTERCEPTING = {
+    "a dispatch mode": in_mode,
+    "make_fx": lambda function, x: make_fx(function)(x),
+    "vmap": lambda function, x: torch.vmap(function)(x),
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+}
+
+
+@pytest.mark.parametrize("run", INTERCEPTING.values(), ids=INTERCEPTING.keys())
+def test_what_sees_each_operator_is_noticed(run):
+    assert seen_by(run)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_is_noticed():
+    assert seen_by(lambda function, x: torch.jit.trace(function, x, check_trace=False))
+
+
+def test_plain_eager_code_is_not():
+    assert not seen_by(lambda function, x: function(x))
+    assert private.on_host(torch.ones(3))
+    assert private.only_reverse_mode()
+
+
+def test_other_differentiation_than_reverse_mode_is_noticed():
+    with forward_ad.dual_level():
+        assert not private.only_reverse_mode()
+    answers = []
+    torch.func.grad(lambda x: answers.append(private.only_reverse_mode()) or x)(torch.ones(()))
+    assert answers == [False]
+
+
+def test_writes_are_counted():
+    x = torch.zeros(3)
+    before = private.version(x)
+    assert private.version(x) == before
+    x.add_(1)
+    assert private.version(x) != before
+    with torch.inference_mode():
+        y = torch.zeros(3)
+    assert private.version(y) != private.version(y)
