@@ -248,14 +248,14 @@ def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _replace(buffer: Tensor, counted: Tensor, value: Tensor, moves: bool) -> None:
-    """Write a value where a batch counted."""
-    if moves and value.dtype == buffer.dtype and not _is_transformed():
+    """Write a value where a batch counted, in one operation where ``out=`` is taken."""
+    if moves and value.dtype == buffer.dtype and not is_traced():
         torch.where(counted, value, buffer, out=buffer)
     else:
         new = torch.where(counted, value, buffer)
         buffer.copy_(new if moves else buffer)
 
 
-def _is_transformed() -> bool:
-    """Whether torch.compile or a function transform is at work, which take no ``out=``."""
+def is_traced() -> bool:
+    """Whether operators are recorded or transformed, which Python's decisions are not."""
     return torch.compiler.is_compiling() or intercepted()

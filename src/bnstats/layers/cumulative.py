@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bnstats.accumulators import cumulative, separate
-from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.layers.base import RunningStatsBatchNorm, is_traced
 from bnstats.layers.versions import Versions
 from bnstats.moments import Number, Weights
-from bnstats.private import intercepted
 from bnstats.reduction import wide_dtype
 
 
@@ -128,7 +127,7 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     def _state(self) -> tuple[Tensor, Tensor]:
         exact_mean, exact_var = self._buffers["exact_mean"], self._buffers["exact_var"]
         assert exact_mean is not None and exact_var is not None
-        if _is_traced() or not self._versions.know(self._shown()):
+        if is_traced() or not self._versions.know(self._shown()):
             self._reconcile()
         return exact_mean, exact_var
 
@@ -141,7 +140,7 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         mean, var, _ = shown = self._shown()
         mean.copy_(self._buffers["exact_mean"])  # type: ignore[arg-type]
         var.copy_(self._buffers["exact_var"])  # type: ignore[arg-type]
-        if not _is_traced():
+        if not is_traced():
             self._versions.remember(shown)
 
     @torch.no_grad()
@@ -195,11 +194,6 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
             state_dict.setdefault(prefix + "exact_mean", mean.to(wide))
             state_dict.setdefault(prefix + "exact_var", var.to(wide))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _is_traced() -> bool:
-    """Whether what is asked of Python here would not be asked again when this runs."""
-    return torch.compiler.is_compiling() or intercepted()
 
 
 class CumulativeBatchNorm1d(CumulativeBatchNorm, nn.BatchNorm1d):
