@@ -42,11 +42,13 @@ def _seed():
 @pytest.fixture(params=paths.PATHS)
 def run(request, monkeypatch):
     """A function of a layer and its input, for each of the ways that a forward may take."""
-    if request.param == "compiled":
-        torch.compiler.reset()
     if request.param == "device":
         paths.take_tensors_for_a_devices(monkeypatch)
-    return paths.PATHS[request.param]
+    if request.param == "compiled":
+        torch.compiler.reset()  # it keeps few graphs of one forward, and no test's are another's
+    yield paths.PATHS[request.param]
+    if request.param == "compiled":
+        torch.compiler.reset()
 
 
 @pytest.fixture
