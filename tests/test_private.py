@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bnstats import private
 
 
-class Passing(TorchDispatchMode):
+class Counting(TorchDispatchMode):
+    count = 0
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -27,13 +31,13 @@ def seen_by(run):
     return answers[0]
 
 
-def in_mode(function, x):
-    with Passing():
+def in_fake_mode(function, x):
+    with FakeTensorMode(allow_non_fake_inputs=True):
         function(x)
 
 
 INTERCEPTING = {
-    "a dispatch mode": in_mode,
+    "fake tensors": in_fake_mode,
     "make_fx": lambda function, x: make_fx(function)(x),
     "vmap": lambda function, x: torch.vmap(function)(x),
     "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
@@ -41,7 +45,7 @@ INTERCEPTING = {
 
 
 @pytest.mark.parametrize("run", INTERCEPTING.values(), ids=INTERCEPTING.keys())
-def test_what_sees_each_operator_is_noticed(run):
+def test_what_records_or_transforms_operators_is_noticed(run):
     assert seen_by(run)
 
 
@@ -54,6 +58,26 @@ def test_plain_eager_code_is_not():
     assert not seen_by(lambda function, x: function(x))
     assert private.on_host(torch.ones(3))
     assert private.only_reverse_mode()
+
+
+def test_a_mode_that_runs_operators_as_they_are_can_be_left():
+    x = torch.ones(3)
+    with Counting() as mode:
+        assert not private.intercepted()
+        assert not private.on_host(x)
+        with private.unseen():
+            assert private.on_host(x)
+            x + 1
+        assert mode.count == 0
+        x + 1
+        assert mode.count == 1
+
+
+def test_make_fx_cannot():
+    seen = []
+    make_fx(lambda x: seen.append(private.unseen()) or x)(torch.ones(3))
+    with seen[0]:
+        assert private.on_host(torch.ones(3))  # nothing was to be left
 
 
 def test_other_differentiation_than_reverse_mode_is_noticed():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def in_backward_pass() -> bool:
@@ -29,26 +32,51 @@ def only_reverse_mode() -> bool:
 
 
 def intercepted() -> bool:
-    """Whether something sees each operator before it runs, or runs it in another way.
+    """Whether operators are recorded, transformed or run without values.
 
-    Dispatch modes (selective checkpointing, make_fx, fake tensors, counters of operations),
-    function transforms (vmap, grad) and torch.jit.trace. What Python or numpy computes from a
-    tensor's values escapes them. None of the three can be asked for by a public name.
+    By function transforms (vmap, grad), torch.jit.trace, make_fx and fake tensors. What Python
+    computes from a tensor's values escapes them. None can be asked for by a public name.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
+        or (torch._C._len_torch_dispatch_stack() > 0 and _has_torchs_own_mode())
     )
 
 
+def unseen() -> AbstractContextManager[object]:
+    """Hide operators from dispatch modes that run each of them as it is.
+
+    Selective checkpointing is one: it hands saved tensors out by the count of each operator, and
+    refuses those that were written to later. The count of what a layer does beside its
+    normalization is none of its concern. There is no public way out of a mode.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return _NOTHING
+    return _NOTHING if _has_torchs_own_mode() else _disable_current_modes()
+
+
+def _has_torchs_own_mode() -> bool:
+    """Whether make_fx, fake tensors or functionalization are among the dispatch modes."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)
+    )
+
+
+_NOTHING = nullcontext()
+
+
 def on_host(tensor: Tensor) -> bool:
-    """Whether Python may read a tensor's values at no cost: on CPU, and nothing intercepts."""
+    """Whether Python may read a tensor's values at no cost: on CPU, and nothing looks on."""
     return (
         type(tensor) is Tensor
         and tensor.is_cpu
         and not torch.compiler.is_compiling()
-        and not intercepted()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
     )
 
 

@@ -16,7 +16,7 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers import batch_norm_cpu, operators
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.moments import Number, Weights, fold, fold_
-from bnstats.private import in_backward_pass, intercepted, on_host
+from bnstats.private import in_backward_pass, intercepted, on_host, unseen
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -140,11 +140,14 @@ class RunningStatsBatchNorm(_BatchNorm):
                 self._track_on_host(mean, var, count)
             return output
         # As on the host: with momentum 1 the kernel leaves the batch's own statistics here.
-        mean, var = like.new_zeros(2, self.num_features).unbind()
+        with unseen():
+            mean, var = like.new_zeros(2, self.num_features).unbind()
         use_cudnn = torch.backends.cudnn.enabled
         output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
-        if moves and (intercepted() or not in_backward_pass()):
-            self._track_on_device(mean, var, count)
+        if moves and not in_backward_pass():
+            with unseen():
+                track = self._track_on_host if on_host(mean) else self._track_on_device
+                track(mean, var, count)
         return output
 
     def _state(self) -> tuple[Tensor, Tensor]:
@@ -179,12 +182,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         self._publish()
 
     def _track_on_device(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Do it by tensors alone: the host must not wait for the device.
-
-        Where selective checkpointing runs a forward again, it expects the operators of the first
-        time, in their order; nothing moves then.
-        """
-        moves = not in_backward_pass()
+        """Do it by tensors alone: the host must not wait for the device."""
         counters = [self._buffers[name] for name in self._counters]
         counts = [math.inf if counter is None else counter for counter in counters]
         state = self._state()
@@ -195,14 +193,14 @@ class RunningStatsBatchNorm(_BatchNorm):
         compiled = torch.compiler.is_compiling() and not operators.is_exporting()
         counted = operators.counts(largest) if compiled else largest < torch.inf
         for buffer, value in zip(state, new, strict=True):
-            _replace(buffer, counted, value, moves)
+            _replace(buffer, counted, value)
         for index, by in enumerate(self._increments(batch_values)):
             if (counter := counters[index]) is None:
                 continue
             if index and self._forgets():
-                _replace(counter, counted, torch.full_like(counter, by), moves)
+                _replace(counter, counted, torch.full_like(counter, by))
             else:
-                counter.add_(counted, alpha=by if moves else 0)
+                counter.add_(counted, alpha=by)
         self._publish()
 
     def _half_dtype(self) -> torch.dtype | None:
@@ -247,13 +245,12 @@ def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.maximum(mean.to(dtype).abs().max(), var.to(dtype).max())
 
 
-def _replace(buffer: Tensor, counted: Tensor, value: Tensor, moves: bool) -> None:
+def _replace(buffer: Tensor, counted: Tensor, value: Tensor) -> None:
     """Write a value where a batch counted, in one operation where ``out=`` is taken."""
-    if moves and value.dtype == buffer.dtype and not is_traced():
+    if value.dtype == buffer.dtype and not is_traced():
         torch.where(counted, value, buffer, out=buffer)
     else:
-        new = torch.where(counted, value, buffer)
-        buffer.copy_(new if moves else buffer)
+        buffer.copy_(torch.where(counted, value, buffer))
 
 
 def is_traced() -> bool:

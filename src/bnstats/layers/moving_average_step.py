@@ -19,7 +19,7 @@ from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidValueError
 from bnstats.layers.operators import opaque, register
 from bnstats.moments import Number
-from bnstats.private import in_backward_pass, on_host
+from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_square, mean_square_on_host
 
 _SAME_BATCH = 0.01
@@ -89,12 +89,13 @@ def take_step(state: State, x: Tensor, options: Options) -> Scale:
     activation checkpointing runs again: it gets what it got the first time, and moves nothing.
     """
     x, dtype = x.detach(), state.mean_squares.dtype
-    if on_host(x):
-        chi = torch.from_numpy(mean_square_on_host(x)).to(dtype)
-    else:
-        chi = mean_square(x).to(dtype)
-    step = opaque(_OPERATOR, _take_step)
-    return Scale(*step(*state, chi, *options))
+    with unseen():
+        if on_host(x):
+            chi = torch.from_numpy(mean_square_on_host(x)).to(dtype)
+        else:
+            chi = mean_square(x).to(dtype)
+        step = opaque(_OPERATOR, _take_step)
+        return Scale(*step(*state, chi, *options))
 
 
 def _take_step(
