@@ -15,15 +15,22 @@ from bnstats.layers import batch_norm_cpu
 SHAPES = [(4, 64, 32, 32), (8, 8, 4096), (2, 3, 36, 36, 36)]
 
 
+def calls_of(name, monkeypatch):
+    calls, original = [], getattr(batch_norm_cpu, name)
+    monkeypatch.setattr(batch_norm_cpu, name, lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
 @pytest.fixture
 def taken(monkeypatch):
-    """Says how often the fast sums were."""
-    calls = []
-    original = batch_norm_cpu.batch_norm
-    monkeypatch.setattr(
-        batch_norm_cpu, "batch_norm", lambda *args: calls.append(1) or original(*args)
-    )
-    return calls
+    """Says how often the fast sums were taken, or tried in vain."""
+    return calls_of("from_rows", monkeypatch)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Says how often they served."""
+    return calls_of("_by_given_moments", monkeypatch)
 
 
 def twins(shape, family="EMA", dtype=torch.float32, **options):
@@ -105,18 +112,46 @@ def test_only_what_requires_a_gradient_gets_one(taken):
     assert taken
 
 
-def test_where_most_channels_cancel_the_kernel_of_torch_serves():
-    x, weight, bias = torch.randn(SHAPES[0]), torch.ones(64), torch.zeros(64)
+def normalized(x):
+    channels = torch.ones(x.shape[1])
+    return batch_norm_cpu.batch_norm(x, channels, torch.zeros_like(channels), 1e-5, channels)
+
+
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+@pytest.mark.parametrize("channels", [16, 17, 64])
+def test_where_sums_cancel_the_statistics_are_those_of_the_definition(served, channels, offset):
+    x = torch.randn(16, 64, 32, 32)
+    x[:, :channels] += offset * torch.arange(1.0, channels + 1).view(-1, 1, 1).sqrt()
+    _, mean, var = normalized(x)
+    # of many samples in one pass, about the first one's mean
+    wide = x.double()
+    torch.testing.assert_close(mean, wide.mean((0, 2, 3)).float(), rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(var, wide.var((0, 2, 3)).float(), rtol=2e-6, atol=0)
+    assert served
+
+
+def test_where_most_channels_of_few_samples_cancel_the_kernel_of_torch_serves(served):
+    x = torch.randn(SHAPES[0])
     x[:, :16] += 100
-    normalized = batch_norm_cpu.batch_norm(x, weight, bias, 1e-5)
-    torch.testing.assert_close(normalized.mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(normalized.var, x.double().var((0, 2, 3)).float(), rtol=1e-6, atol=0)
+    normalized(x)
+    assert len(served) == 1
     x[:, 16] += 100
-    assert batch_norm_cpu.batch_norm(x, weight, bias, 1e-5) is None
+    normalized(x)
+    assert len(served) == 1
 
 
-def test_rows_without_a_divisor_are_left_to_torch():
-    assert batch_norm_cpu.batch_norm(torch.randn(8, 8, 4099), None, None, 1e-5) is None
+def test_samples_unlike_the_first_do_not_spoil_the_sums():
+    x = torch.randn(16, 64, 32, 32) + 100
+    x[1:] -= 300
+    _, mean, var = normalized(x)
+    wide = x.double()
+    torch.testing.assert_close(mean, wide.mean((0, 2, 3)).float(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var, wide.var((0, 2, 3)).float(), rtol=2e-6, atol=0)
+
+
+def test_rows_without_a_divisor_are_left_to_torch(served):
+    normalized(torch.randn(8, 8, 4099))
+    assert not served
 
 
 def test_a_batch_that_is_not_finite_changes_nothing(taken):

@@ -38,7 +38,7 @@ def exponential(
         debias: take the initial state out.
         pooled: count the variance between the state's mean and the batch's.
     """
-    if isinstance(num_batches, Tensor):
+    if isinstance(num_batches, Tensor) or torch.compiler.is_compiling():
         return _weights(num_batches, momentum, batch_values, debias, pooled)
     # In a long training the weights are always the same.
     settled = 40 / max(momentum, 1e-30)

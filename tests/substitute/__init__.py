@@ -1,0 +1,1 @@
+"""A second device for machines without one."""
