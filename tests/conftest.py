@@ -52,6 +52,15 @@ def run(request, monkeypatch):
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny batches gain nothing by a second thread, and lose much where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def cuda():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -12,6 +12,8 @@ import bnstats
 import oracles
 from cases import assert_state, state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHANNELS = 3
 
 
@@ -50,16 +52,16 @@ class TestPrecision:
     @torch.no_grad()
     def test_it_stays_exact_on_every_path(self, run):
         layer = make()
-        batches = data(300, mean=1000.0, sizes=(2, 4, 3))
+        batches = data(100, mean=1000.0, sizes=(2, 4, 3))
         for x in batches:
             run(layer, x)
-        # A batch's own mean is rounded to float32, by 3e-5 of these deviations, and 300 average.
+        # A batch's own mean is rounded to float32, by 3e-5 of these deviations, and 100 average.
         assert_statistics_of(layer, batches, tolerance=1e-5)
 
     @torch.no_grad()
     def test_a_billion_values_before_do_not_drown_a_batch(self, run):
         # 1 / 2^31 of a mean of 1000 is far below float32's steps there.
-        layer, before, after = make(), 1 << 30, 1 << 10
+        layer, before, after = make(), 1 << 30, 1 << 7
         layer(torch.tensor([[-1.0], [1.0]]).repeat(8, CHANNELS) + 1000)
         layer.num_values_tracked.fill_(before)
         mean, var = layer.exact_mean[0].item(), layer.exact_var[0].item()
@@ -157,6 +159,24 @@ class TestOthersWrite:
             run(other, x * 2)
         for name, buffer in other.named_buffers():
             setattr(layer, name, buffer.clone())
+        x = data(1)[0]
+        run(layer, x)
+        run(other, x)
+        assert_state(layer, state(other))
+
+    def test_a_buffer_that_takes_the_place_of_a_freed_one_is_noticed(self, run):
+        layer, other = make(), make()
+        for x in data(10):
+            run(layer, x)
+            run(other, x)
+        # Freed first, so that Python may well give the new one the old one's identity.
+        writes = layer.running_mean._version
+        layer.running_mean = None
+        new = torch.zeros(CHANNELS)
+        for _ in range(writes):
+            new.fill_(7.0)
+        layer.running_mean = new
+        other.running_mean.fill_(7.0)
         x = data(1)[0]
         run(layer, x)
         run(other, x)

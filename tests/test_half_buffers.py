@@ -12,6 +12,8 @@ import bnstats
 import cases
 from cases import each_family
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LARGEST = torch.finfo(torch.float16).max
 
 

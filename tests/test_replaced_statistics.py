@@ -10,6 +10,8 @@ import bnstats
 import oracles
 from cases import state
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BAD = [math.nan, math.inf, -math.inf, 1e8, 1e30]
 
 

@@ -7,20 +7,13 @@ import torch
 import oracles
 from bnstats import CumulativeBatchNorm1d, EMABatchNorm1d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = [2, 4, 8, 32]
 STEPS = [1, 5, 200]
 MOMENTA = [0.01, 0.1, 0.5, None]
 
 each_size = pytest.mark.parametrize("n", SIZES)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Batches this small gain nothing by a second thread, and lose much on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layers(channels, dtype=torch.float64):
