@@ -131,13 +131,13 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
             self._reconcile()
         return exact_mean, exact_var
 
-    def _shown(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _shown(self) -> list[Tensor]:
         """Return the buffers of torch's layer, which others may write to."""
-        mean, var = super()._state()
-        return mean, var, self._buffers["num_batches_tracked"]
+        num_batches = self._buffers["num_batches_tracked"]
+        return [*super()._state(), *([] if num_batches is None else [num_batches])]
 
     def _publish(self) -> None:
-        mean, var, _ = shown = self._shown()
+        mean, var, *_ = shown = self._shown()
         mean.copy_(self._buffers["exact_mean"])  # type: ignore[arg-type]
         var.copy_(self._buffers["exact_var"])  # type: ignore[arg-type]
         if not is_traced():
@@ -146,15 +146,15 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     @torch.no_grad()
     def _reconcile(self) -> None:
         """Go on from what others have written to the running statistics and the counter."""
-        mean, var, num_batches = self._shown()
+        mean, var, *num_batches = self._shown()
         for name, shown in (("exact_mean", mean), ("exact_var", var)):
             exact = self._buffers[name]
             assert exact is not None
             # Where both agree, the exact one has more digits of the same number.
             exact.copy_(torch.where(exact.to(shown.dtype) == shown, exact, shown.to(exact.dtype)))
-        if num_batches is not None and self.num_values_tracked is not None:
+        if num_batches and self.num_values_tracked is not None:
             # Lightning's weight averaging resets torch's counter, and knows of no other.
-            self.num_values_tracked.mul_(num_batches != 0)
+            self.num_values_tracked.mul_(num_batches[0] != 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         tracks = self.exact_mean is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from weakref import ref
 
 from torch import Tensor
 
@@ -18,23 +19,18 @@ class Versions:
     """
 
     def __init__(self) -> None:
-        self._seen: list[float] = []
+        self._seen: list[tuple[ref[Tensor], float]] = []
 
-    def remember(self, tensors: Iterable[Tensor | None]) -> None:
+    def remember(self, tensors: Sequence[Tensor]) -> None:
         """Take these, as they are now, for known."""
-        self._seen = _versions(tensors)
+        self._seen = [(ref(tensor), version(tensor)) for tensor in tensors]
 
-    def know(self, tensors: Iterable[Tensor | None]) -> bool:
+    def know(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors remembered, and nobody has written to them since."""
-        return self._seen == _versions(tensors)
+        return len(self._seen) == len(tensors) and all(
+            seen() is tensor and written == version(tensor)
+            for (seen, written), tensor in zip(self._seen, tensors, strict=True)
+        )
 
     def __reduce__(self) -> tuple[type[Versions], tuple[()]]:
         return Versions, ()
-
-
-def _versions(tensors: Iterable[Tensor | None]) -> list[float]:
-    versions: list[float] = []
-    for tensor in tensors:
-        if tensor is not None:
-            versions += (id(tensor), version(tensor))
-    return versions
