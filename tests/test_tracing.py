@@ -9,7 +9,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from bnstats import MovingAverageBatchNorm1d
 from cases import each_family
 
 TRACERS = {
@@ -21,9 +20,11 @@ TRACERS = {
 # torch.jit's own: it is deprecated, and says that shapes are constants in what it traces
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@each_family
 @pytest.mark.parametrize("tracer", TRACERS.values(), ids=TRACERS.keys())
-def test_a_traced_forward_of_moving_averages_goes_on_as_the_layer_does(tracer):
-    layer = MovingAverageBatchNorm1d(3, window=2, warmup=0, renorm_warmup=3)
+def test_a_traced_forward_goes_on_as_the_layer_does(family, tracer):
+    short = {"window": 2, "warmup": 0, "renorm_warmup": 3}
+    layer = family.make(1, **(short if family.name == "moving_average" else {}))
     traced_layer = copy.deepcopy(layer)
     first, *others = torch.randn(6, 4, 3, 5) * torch.arange(1.0, 7.0).view(-1, 1, 1, 1)
     layer(first)

@@ -57,9 +57,9 @@ def fold(
     else:
         change = torch.sub(batch_spread, spread, alpha=fade)
     if isinstance(between, Tensor):
-        change.addcmul_(between * delta, batch_mean - new_mean)
+        change = torch.addcmul(change, between * delta, batch_mean - new_mean)
     elif between != 0:  # a rule without the term between batches does not pay for it
-        change.addcmul_(delta, batch_mean - new_mean, value=between)
+        change = torch.addcmul(change, delta, batch_mean - new_mean, value=between)
     new_spread = _add_quotient(spread, change, divisor)
     if isinstance(size, Tensor):
         # A batch that replaces the state: 0 times what was there could be NaN, or leave digits.

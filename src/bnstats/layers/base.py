@@ -141,7 +141,8 @@ class RunningStatsBatchNorm(_BatchNorm):
             return output
         # As on the host: with momentum 1 the kernel leaves the batch's own statistics here.
         with unseen():
-            mean, var = like.new_zeros(2, self.num_features).unbind()
+            # (Not as two rows of one tensor: torch.vmap's rule writes to a copy of a row.)
+            mean, var = torch.zeros_like(like), torch.zeros_like(like)
         use_cudnn = torch.backends.cudnn.enabled
         output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
         if moves and not in_backward_pass():

@@ -14,7 +14,7 @@ from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers.base import HALF
 from bnstats.layers.operators import opaque, register
-from bnstats.private import on_host, only_reverse_mode
+from bnstats.private import intercepted, on_host, only_reverse_mode
 
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
@@ -63,11 +63,13 @@ class NormalizeAboutZero(torch.autograd.Function):
         ctx.save_for_backward(x, weight, var, ratio, step)
         # Not saved but held: other forwards may write to them before this backward does.
         ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
+        # Where a function transform is at work, each gradient is one of a graph.
+        ctx.in_graph = torch.compiler.is_compiling() or not only_reverse_mode()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Take this backward's psi into the window, and use the window's."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and only_reverse_mode():
+        if torch.is_grad_enabled() and not ctx.in_graph:
             raise InvalidValueError(
                 "MovingAverageBatchNorm: create_graph: expected False, got True: its gradient "
                 "is no derivative of its output, and has none itself; use evaluation mode or "
@@ -80,7 +82,7 @@ class NormalizeAboutZero(torch.autograd.Function):
         fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
         grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
 
-        psi = grad_z * factor / (x.numel() // x.shape[1])
+        psi = (grad_z * factor).detach() / (x.numel() // x.shape[1])
         add = opaque(_OPERATOR, _add_gradient)
         mean = add(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
@@ -139,14 +141,18 @@ Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) -> Fused:
     """Use the backward of evaluation-mode batch norm: the sums and ``g / sqrt(var + eps)``."""
     zeros = torch.zeros_like(var)
+    # Evaluation mode does not read what training saves, but torch.vmap's rule asks for it. It has
+    # no rule for addcmul_.
+    transformed = intercepted()
+    saved = (zeros, zeros) if transformed else (None, None)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, factor, zeros, var, None, None, False, eps, [True, True, True]
+        grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
     )
 
     def input_gradient(mean: Tensor) -> Tensor:
         factor_z = (mean / (var + eps)).view(-1, *[1] * (x.dim() - 2))
-        result: Tensor = partial.addcmul_(x, factor_z, value=-1)
-        return result
+        add = torch.addcmul if transformed else Tensor.addcmul_
+        return add(partial, x, factor_z, value=-1)
 
     return grad_z, grad_bias, input_gradient
 
