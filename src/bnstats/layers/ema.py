@@ -31,8 +31,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
     batch on, where ``nn.BatchNorm`` needs some ``3 / momentum`` batches. Pooled, running_var
     counts the variance between batch means too, as the variance over all values does; an
     average of within-batch variances misses it, and small batches of unlike data miss most.
-    Q takes out what batch means differ by chance alone: for values of one distribution the
-    expectation of running_var is their variance, whatever n, t and momentum.
+    Q takes out what batch means differ by chance alone: for batches of one size from one
+    distribution the expectation of running_var is their variance, whatever n, t and momentum.
 
     A batch whose statistics are not finite changes nothing; an empty one neither, nor does any
     with momentum 0. Running statistics move once per training forward, also under activation
