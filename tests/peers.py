@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
+import sharded_layers
 from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
 
 METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
@@ -377,6 +378,7 @@ def statistics_in_dtensors_are_refused(rank, world):
 
 
 SCENARIOS = {
+    **sharded_layers.SCENARIOS,
     **{
         f"{scenario.__name__}[{m}]": scenario(m)
         for scenario in (

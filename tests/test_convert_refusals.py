@@ -1,5 +1,7 @@
 """What convert_batchnorm and revert_batchnorm refuse, warn of, and leave as it was."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -29,9 +31,18 @@ class Activated(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class Renaming(nn.BatchNorm2d):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, f"{prefix}renamed_", keep_vars)
+
+
 class Helpful(nn.BatchNorm2d):
-    def helper(self):
-        return self.num_features
+    @staticmethod
+    def helper():
+        return 1
+
+    def extra_repr(self):
+        return "helpful"
 
 
 class Thin(nn.BatchNorm2d):
@@ -54,7 +65,7 @@ def instance_forward():
 
 REFUSED = {
     "own forward": (lambda: Activated(3), "forward"),
-    "own method": (lambda: Helpful(3), "helper"),
+    "own method behind state dicts": (lambda: Renaming(3), "_save_to_state_dict"),
     "no dimension": (lambda: Dimensionless(3), "no known base"),
     "forward put on the layer": (instance_forward, "forward"),
     "lazy": (nn.LazyBatchNorm2d, "lazy"),
@@ -229,3 +240,26 @@ def test_the_way_back_leaves_layers_of_others_alone():
     )
     before = state(model)
     assert state(bnstats.revert_batchnorm(model)) == before
+
+
+@families
+def test_helpers_beside_an_inherited_forward_are_no_reason_to_refuse(family):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Helpful(3)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    bnstats.convert_batchnorm(model, family)
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert type(model[1]) is not Helpful
+    if family != "moving_average":
+        torch.testing.assert_close(model(x), expected)
+    bnstats.revert_batchnorm(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_torchvisions_video_models_convert_to_moving_averages():
+    # Conv3DSimple has a static helper for its constructor's caller.
+    video = importlib.import_module("torchvision.models.video")
+    model = bnstats.convert_batchnorm(video.r3d_18(), "moving_average")
+    classes = {type(module).__name__ for module in model.modules()}
+    assert {"CenteredConv3d", "MovingAverageBatchNorm3d"} <= classes
+    assert "Conv3DSimple" not in classes

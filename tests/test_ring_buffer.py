@@ -169,5 +169,5 @@ def test_latest_steps_are_those_that_were_written(place):
     ring = place(4)
     for t in range(1, 11):
         ring.add(t, values(1)[0], 0)
-        latest = ring_buffer.latest_steps(torch.tensor(t), 4)
+        latest = ring_buffer.latest_steps(torch.tensor(t), torch.zeros(4, dtype=torch.int64))
         np.testing.assert_array_equal(latest.clamp(min=0), ring.owners)

@@ -21,10 +21,16 @@ def is_warm(step: Any, length: int, warmup: int) -> Any:
     return step >= max(length + 1, warmup)
 
 
-def latest_steps(num_steps: Tensor, length: int) -> Tensor:
+def slots(owners: Tensor) -> Tensor:
+    """Return 0 to m - 1, for int64 of shape (m,)."""
+    if type(owners) is not Tensor:  # a DTensor does not mix with plain tensors
+        return torch.ones_like(owners).cumsum(0) - 1
+    return torch.arange(len(owners), device=owners.device)
+
+
+def latest_steps(num_steps: Tensor, owners: Tensor) -> Tensor:
     """Return the latest step of each slot, of shape (m,); below 1 for a slot without one."""
-    slots = torch.arange(length, device=num_steps.device)
-    return num_steps - (num_steps - slots) % length
+    return num_steps - (num_steps - slots(owners)) % len(owners)
 
 
 def add_on_host(ring: Array, owners: Array, step: int, value: Array, warmup: int) -> Array:
@@ -74,8 +80,7 @@ def add_on_device(
     """Return the ring, its owners, and what :func:`add_on_host` returns; write to nothing."""
     number = step.abs()
     counts = value.sum().isfinite() & (step != 0)
-    slots = torch.arange(len(ring), device=ring.device)
-    slot = (slots == number % len(ring)) & (owners <= number) & counts
+    slot = (slots(owners) == number % len(ring)) & (owners <= number) & counts
     again = slot & (owners == number)
     before = torch.where(again.unsqueeze(1), ring, 0)
     ring = torch.where(slot.unsqueeze(1), value + before, ring)

@@ -57,7 +57,10 @@ _COLUMNS = {known: column for row in FAMILIES.values() for column, known in enum
 _FAMILY_OF = {known: family for family, row in FAMILIES.items() for known in row}
 
 # What a class holds without behaving differently for it.
-_INERT = {"__init__", "__annotate__", "__annotate_func__", "__bnstats_class__"}
+_INERT = {
+    *("__init__", "__annotate__", "__annotate_func__", "__bnstats_class__"),
+    *("__doc__", "__dict__", "__weakref__", "__repr__", "extra_repr"),
+}
 
 
 def known_class(cls: type) -> type[nn.Module] | None:
@@ -100,9 +103,9 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
     said = _said_class(where, cls, to)
     if said is not None:
         return said
-    methods = _methods_beyond(known, module)
+    methods = _overridden_methods(known, module)
     if known is None or methods:
-        own = f"methods of its own ({', '.join(methods)})" if methods else "no known base"
+        own = f"its own {', '.join(methods)}" if methods else "no known base"
         raise InvalidTypeError(
             f"{where}: expected a class of torch's or of bnstats, got a subclass with {own}: "
             f"leave it out with include, or let its class say what it becomes for {to!r} by a "
@@ -127,14 +130,20 @@ def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | 
     return said
 
 
-def _methods_beyond(known: type[nn.Module] | None, module: nn.Module) -> list[str]:
-    """Name the methods that a layer has and the known class that it derives from has not."""
+def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> list[str]:
+    """Name the methods of a known class that a layer's own class replaces.
+
+    ``forward`` is one, ``_conv_forward``, the methods behind state dicts, ``train``: without them
+    the layer would compute or save something else. A method under a name of its own, a helper
+    of the constructor for example, is called by none of torch's.
+    """
     names = ["forward"] if "forward" in vars(module) else []
     for base in written_class(module).__mro__:
         if base is known or known is None:
             break
         for name, value in vars(base).items():
             behaves = callable(value) or hasattr(value, "__get__")
-            if behaves and name not in _INERT and name not in names:
+            replaces = behaves and hasattr(known, name) and name not in _INERT
+            if replaces and name not in names:
                 names.append(name)
     return names

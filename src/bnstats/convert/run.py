@@ -62,9 +62,11 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     Raises:
         InvalidValueError: an unknown family, a value that the family's class refuses.
         InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
-            not yet materialized; a layer whose class has methods of its own, which the
-            conversion would drop (timm's ``BatchNormAct2d`` activates in its forward). The
-            message has the layer's name; the model is as before.
+            not yet materialized; a layer whose class replaces a method of torch's layer by its
+            own, ``forward`` or ``_conv_forward`` for example, which the conversion would drop
+            (timm's ``BatchNormAct2d`` activates in its forward). Helpers under other names are
+            no reason; the converted layer lacks them. The message has the layer's name; the
+            model is as before.
 
     Warns:
         BnstatsWarning: there is nothing to convert; a SyncBatchNorm that does synchronize
@@ -130,7 +132,7 @@ def revert_batchnorm(model: M) -> M:
         The model.
 
     Raises:
-        InvalidTypeError: not a Module; a layer whose class has methods of its own and does not
+        InvalidTypeError: not a Module; a layer whose class replaces methods of torch's and does not
             say what it becomes. The message has the layer's name; the model is as before.
         InvalidValueError: a centered layer whose weight is computed (a parametrization, weight
             norm, pruning), or is also that of a layer that is not centered.

@@ -136,7 +136,7 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
     """Return the state after a batch of these mean squares, and what normalizes it."""
     length, eps = len(state.mean_squares), options.eps
     step = state.num_steps + 1
-    slot = torch.arange(length, device=chi.device) == step % length
+    slot = ring_buffer.slots(state.gradient_steps) == step % length
     ring = torch.where(slot[:, None], chi, state.mean_squares)
     var = torch.where(ring_buffer.is_warm(step, length, options.warmup), ring.mean(0), chi)
     running_var = state.running_var.to(chi.dtype)
@@ -225,7 +225,7 @@ def _recall(state: State, chi: Tensor) -> Scale:
     Where batches are alike it is the latest whose backward has not run yet.
     """
     length, norm = len(state.mean_squares), torch.linalg.vector_norm
-    steps = ring_buffer.latest_steps(state.num_steps, length)
+    steps = ring_buffer.latest_steps(state.num_steps, state.gradient_steps)
     distance = torch.where(steps > 0, norm(state.mean_squares - chi, dim=1), torch.inf)
     nearest = distance.min()
     preference = steps + length * (state.gradient_steps != steps)
