@@ -214,6 +214,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         return torch.promote_types(running.dtype, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        order = list(self._buffers)
         wide = {name: self._buffers.pop(name) for name in self._wide_buffers}
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         running = self._buffers["running_mean"]
@@ -226,6 +227,8 @@ class RunningStatsBatchNorm(_BatchNorm):
                     lost = source.is_meta and not buffer.is_meta
                     buffer = (buffer if lost else source).to(buffer.device, source.dtype)
             self._buffers[name] = buffer
+        for name in order:
+            self._buffers[name] = self._buffers.pop(name)
         return module
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:

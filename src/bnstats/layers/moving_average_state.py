@@ -46,7 +46,7 @@ class MovingAverageState(RunningStatsBatchNorm):
         self.register_buffer("window_mean_squares", like.new_zeros(length, len(like)))
         self.register_buffer("window_scales", scales, persistent=False)
         self.register_buffer("window_gradients", like.new_zeros(length, len(like)))
-        self.register_buffer("window_gradient_steps", number.repeat(length))
+        self.register_buffer("window_gradient_steps", number.new_zeros(length))
         self.register_buffer("num_steps_tracked", number)
 
     def _step_state(self) -> State:
