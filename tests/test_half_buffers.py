@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnstats
 import cases
+from bnstats.errors import NonFiniteStatisticsError
 from cases import each_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,3 +145,20 @@ def test_a_checkpointed_forward_finds_what_it_had_after_a_batch_that_overflows()
         loss.backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
     assert torch.equal(layers[0].weight.grad, layers[1].weight.grad)
+
+
+@pytest.mark.parametrize("method", ["pooled", "batch_average", "ema", "layerwise", "sweeps"])
+def test_recalibration_of_a_half_model_names_the_layer_that_cannot_hold_it(method):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data = [(torch.randn(64, 3) * 3000).half() for _ in range(3)]
+    says = "layer '0' .BatchNorm1d.: expected a running_var that float16 holds, up to 65504"
+    with pytest.raises(NonFiniteStatisticsError, match=says):
+        bnstats.recompute_population_stats(model, data, method=method)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    stats = bnstats.measure_population_stats(model, data, method=method)
+    with pytest.raises(NonFiniteStatisticsError, match=says):
+        stats.apply_to(model)
+    stats.apply_to(model.float())
+    assert model[0].running_var.isfinite().all()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.errors import InvalidValueError
+from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
 from bnstats.moments import Moments
 from bnstats.recompute.spread import change
 
@@ -231,7 +231,13 @@ def write_all(
     after: Mapping[str, LayerStats],
     before: Mapping[str, RunningStats],
 ) -> None:
-    """Write the statistics of all layers; if one fails, what was before is back in all."""
+    """Write the statistics of all layers; if one fails, what was before is back in all.
+
+    Raises:
+        NonFiniteStatisticsError: the dtype of a layer's buffers cannot hold them.
+    """
+    for name, layer in layers.items():
+        _check_range(name, layer, after[name])
     try:
         for name, layer in layers.items():
             RunningStats(after[name].mean, after[name].var).write_to(layer)
@@ -239,3 +245,18 @@ def write_all(
         for name, layer in layers.items():
             before[name].write_to(layer)
         raise
+
+
+def _check_range(name: str, layer: _BatchNorm, stats: LayerStats) -> None:
+    """Refuse statistics that become infinite in a layer's own dtype."""
+    for what in ("mean", "var"):
+        values: Tensor = getattr(stats, what)
+        buffer: Tensor = getattr(layer, f"running_{what}")
+        if values.to(buffer.dtype).isinf().any() and not values.isinf().any():
+            dtype = str(buffer.dtype).removeprefix("torch.")
+            raise NonFiniteStatisticsError(
+                f"layer '{name}' ({type(layer).__name__}): expected a running_{what} that {dtype} "
+                f"holds, up to {torch.finfo(buffer.dtype).max:g}, got "
+                f"{values.abs().max().item():g}: nothing was written; make the layer float32, by "
+                "model.float() or layer.float(), and run the model under autocast"
+            )
