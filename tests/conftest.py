@@ -1,6 +1,9 @@
 """Makes torchvision importable beside a CPU build of torch, and names what a test needs."""
 
+import functools
 import importlib
+import os
+import shutil
 import sys
 
 import pytest
@@ -67,14 +70,29 @@ def cuda():
     return torch.device("cuda")
 
 
+def pytest_collection_modifyitems(items):
+    # Before any test: autograd makes its queues for all devices at the first backward.
+    if any("substitute_module" in getattr(item, "fixturenames", ()) for item in items):
+        _register_substitute()
+
+
+@functools.cache
+def _register_substitute():
+    """Return why there is no substitute device, or None."""
+    from substitute import substitute
+
+    if not shutil.which(os.environ.get("CXX", "c++")) or not shutil.which("ninja"):
+        return "needs a C++ compiler and ninja"
+    substitute.register()
+    return None
+
+
 @pytest.fixture(scope="session")
 def substitute_module():
     from substitute import substitute
 
-    try:
-        substitute.register()
-    except (RuntimeError, OSError, ImportError) as error:
-        pytest.skip(f"needs a C++ compiler and ninja: {error}")
+    if (missing := _register_substitute()) is not None:
+        pytest.skip(missing)
     return substitute
 
 

@@ -45,6 +45,8 @@ def register(build_directory=None):
     module.set_device = _extension.set_device
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
+    module.get_rng_state = lambda device=None: torch.get_rng_state()
+    module.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     module.get_amp_supported_dtype = lambda: [torch.float16, torch.bfloat16]
     module._lazy_init = lambda: None
     module.device = _Device
