@@ -13,7 +13,10 @@ from benchmarks.rows import Row
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
-PROMISED = ["layers", "moving_average", "recompute", "layerwise", "memory", "import", "merges"]
+PROMISED = [
+    *("layers", "moving_average", "operators", "recompute", "layerwise"),
+    *("memory", "import", "merges", "drift"),
+]
 HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what memory allows"]
 
 

@@ -99,6 +99,12 @@ SMALL = ["(2, 256, 28, 28)", "(2, 64, 56, 56)", "(8, 32, 8, 8)"]
 LARGE = ["(32, 64, 32, 32)", "(32, 64, 56, 56)"]
 MOVING = ["(2, 64, 56, 56)", "(2, 256, 28, 28)", "(2, 2048, 7, 7)", "(32, 64, 32, 32)"]
 MODELS = ["ResNet-18", "ResNet-50", "MobileNetV2"]
+SMALLER = {
+    "(64, 3, 32, 32)": ["ResNet-18"],
+    "(16, 3, 96, 96)": ["ResNet-18", "MobileNetV2"],
+    "(4, 3, 128, 128)": ["DenseNet-121"],
+    "(8, 3, 128, 128)": ["EfficientNet-B0", "timm's MobileNetV3"],
+}
 BATCHNORM = "nn.BatchNorm2d"
 BARE = "bare forward, training mode"
 TRAINING = "forward and backward"
@@ -112,23 +118,47 @@ def promises():
     for layer in ("EMABatchNorm2d", "CumulativeBatchNorm2d"):
         training = dict(zip(SMALL + LARGE, (1.05, 1.05, 1.2, 0.75, 0.75), strict=True))
         yield "layers", TRAINING, layer, BATCHNORM, training
+        far = f"{TRAINING}, mean 10 deviations"
+        yield "layers", far, layer, BATCHNORM, dict.fromkeys(LARGE, 1.0)
         yield "layers", "evaluation forward", layer, BATCHNORM, dict.fromkeys(SMALL, 1.01)
         yield "layers", "ResNet-18 training step", layer, BATCHNORM, {"(16, 3, 64, 64)": 1.02}
     layer = "MovingAverageBatchNorm2d"
     eager = dict(zip(MOVING, (1.0, 1.1, 1.25, 0.8), strict=True))
     yield "moving_average", TRAINING, layer, BATCHNORM, eager
-    compiled = dict.fromkeys(MOVING, 1.15)
+    compiled = dict.fromkeys(MOVING, 1.15) | {"(2, 2048, 7, 7)": 1.3}
     yield "moving_average", f"compiled {TRAINING}", layer, BATCHNORM, compiled
     yield "recompute", RECALIBRATION, OURS, BARE, dict.fromkeys(MODELS, 0.95)
+    for size, models in SMALLER.items():
+        work = f"recalibration, 8 batches of {size}"
+        yield "recompute", work, OURS, BARE, dict.fromkeys(models, 0.97)
     for peer in ("torch.optim.swa_utils.update_bn", "fvcore update_bn_stats"):
         yield "recompute", RECALIBRATION, OURS, peer, dict.fromkeys(MODELS, 1.0)
-    work, against = "measurement, 16 batches of (16, 3, 96, 96)", "bare forward, evaluation mode"
-    yield "layerwise", work, 'method="layerwise"', against, dict.fromkeys(MODELS[:2], 1.4)
+        for size, models in SMALLER.items():
+            work = f"recalibration, 8 batches of {size}"
+            yield "recompute", work, OURS, peer, dict.fromkeys(models, 1.0)
+    what, against = 'method="layerwise"', "bare forward, evaluation mode"
+    for size in ("4 batches of (8, 3, 96, 96)", "16 batches of (8, 3, 96, 96)"):
+        yield "layerwise", f"measurement, {size}", what, against, {"ResNet-50": 1.3}
+    work = "measurement, 4 batches of (4, 3, 224, 224)"
+    yield "layerwise", work, what, against, {"ResNet-50": 1.3}
+    work = "measurement, 16 batches of (16, 3, 96, 96)"
+    yield "layerwise", work, what, against, {"ResNet-50": 1.3, "ResNet-18": 1.4}
+    size = str((4, 8, 5, 5))
+    for layer, forward in (
+        ("EMABatchNorm2d", 10),
+        ("CumulativeBatchNorm2d", 12),
+        ("MovingAverageBatchNorm2d", 14),
+    ):
+        yield "operators", "operators of a training forward", layer, None, {size: forward}
+    yield "operators", "operators of its backward", layer, None, {size: 12}
     yield "memory", PEAK, OURS, BARE, dict.fromkeys(MODELS, 1.01)
     yield "import", "import", "bnstats after torch", None, {"fresh process": 0.1}
     for what in ("mean", "variance"):
         work, size = "sequential merges in float64", "1,000,000 merges"
         yield "merges", work, what, None, {size: 1e-12}
+        for drift in ("stationary", "mean from 1000 to 1002"):
+            work = f"cumulative statistics, {drift}"
+            yield "drift", work, what, None, {"400,000 batches": 1e-6}
 
 
 @pytest.mark.parametrize(("name", "work", "what", "against", "at_most"), list(promises()))

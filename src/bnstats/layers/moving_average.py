@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bnstats.errors import InvalidValueError
 from bnstats.layers.arguments import check_integer, check_number
-from bnstats.layers.moving_average_gradient import NormalizeAboutZero, check_dtype
+from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
 from bnstats.layers.moving_average_step import Options, take_step
 
@@ -173,10 +173,9 @@ class MovingAverageBatchNorm(MovingAverageState):
         var, ratio, step = take_step(self._step_state(), input, options)
         gradients = (self.window_gradients, self.window_gradient_steps)
         # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
-        output: Tensor = NormalizeAboutZero.apply(  # type: ignore[no-untyped-call]
+        return normalize_about_zero(
             input, weight, bias, var, ratio, self.eps, step, *gradients, self.warmup
         )
-        return output
 
     def extra_repr(self) -> str:
         """Return the options, those that ``nn.BatchNorm`` lacks last."""

@@ -89,11 +89,10 @@ def take_step(state: State, x: Tensor, options: Options) -> Scale:
     activation checkpointing runs again: it gets what it got the first time, and moves nothing.
     """
     x, dtype = x.detach(), state.mean_squares.dtype
+    if on_host(x) and not in_backward_pass():
+        return _take_step_on_host(state, mean_square_on_host(x), options)
     with unseen():
-        if on_host(x):
-            chi = torch.from_numpy(mean_square_on_host(x)).to(dtype)
-        else:
-            chi = mean_square(x).to(dtype)
+        chi = mean_square(x).to(dtype)
         step = opaque(_OPERATOR, _take_step)
         return Scale(*step(*state, chi, *options))
 
@@ -119,7 +118,7 @@ def _take_step(
     if moves and in_backward_pass():
         return _recall(state, chi)
     if on_host(chi):
-        return _take_step_on_host(state, chi, options)
+        return _take_step_on_host(state, chi.numpy(), options)
     new, scale = _advance(state, chi, options)
     running = new.running_var.to(state.running_var.dtype)
     counted = torch.maximum(chi.max(), running.max()) < torch.inf
@@ -160,9 +159,9 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
-def _take_step_on_host(state: State, mean_square: Tensor, options: Options) -> Scale:
-    chi, moves = mean_square.numpy(), options.momentum != 0
-    ring, scales = state.mean_squares.numpy(), state.scales.numpy()
+def _take_step_on_host(state: State, chi: NDArray[Any], options: Options) -> Scale:
+    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.momentum != 0
+    chi = chi.astype(ring.dtype, copy=False)
     if not math.isfinite(chi.sum()):
         return _itself(state, chi)
     length, step = len(ring), int(state.num_steps) + 1
