@@ -43,9 +43,10 @@ def make(family):
     return network(family.make(2, **(SHORT if family.name == "moving_average" else {})))
 
 
-def overloads(model):
+def overloads(model, dtype=torch.float32):
+    model, x = copy.deepcopy(model), torch.randn(2, 3, 6, 6, dtype=dtype)
     with Overloads() as mode:
-        copy.deepcopy(model)(torch.randn(2, 3, 6, 6))
+        model(x)
     return list(mode.seen)
 
 
@@ -61,12 +62,13 @@ def selectively(model, x, saved):
 def train(model, steps, saved=None, together=1):
     """Train with several forwards before their backwards; return outputs and gradients."""
     generator, results = torch.Generator().manual_seed(2), []
+    dtype = model[0].weight.dtype
     for _ in range(steps):
-        xs = [torch.randn(2, 3, 6, 6, generator=generator) for _ in range(together)]
+        xs = [torch.randn(2, 3, 6, 6, generator=generator).to(dtype) for _ in range(together)]
         xs = [x.requires_grad_() for x in xs]
         model.zero_grad()
         outputs = [model(x) if saved is None else selectively(model, x, saved) for x in xs]
-        for output in outputs:
+        for output in outputs[::-1]:
             output.square().sum().backward()
         results += [*outputs, *(x.grad for x in xs), *(p.grad.clone() for p in model.parameters())]
     return results
@@ -96,6 +98,29 @@ def test_saving_nothing_or_several_operators_changes_nothing(family, together):
     found = [op for op in overloads(model) if not op._schema.is_mutable]
     for saved in ([], found[::2], found[1::2], found):
         same_as_without(model, set(saved), together)
+
+
+OPTIONS = {
+    "no parameters": {"affine": False},
+    "weight alone": {"bias": False},
+    "per batch": {"momentum": None},
+    "latest batch alone": {"momentum": 1.0},
+    "nothing moves": {"momentum": 0.0},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@each_family
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_two_layers_in_one_checkpoint_are_as_without_it_whatever_is_saved(family, options):
+    torch.manual_seed(1)
+    short = SHORT if family.name == "moving_average" else {}
+    layers = [family.make(2, **short, **options) for _ in range(2)]
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), layers[0], nn.ReLU(), layers[1])
+    model.to(options.get("dtype"))
+    found = overloads(model, model[0].weight.dtype)
+    for saved in ([], *([op] for op in found), found):
+        same_as_without(model, set(saved), together=2)
 
 
 def test_the_bookkeeping_shows_no_operators_that_a_second_run_lacks():
