@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +33,41 @@ def test_a_traced_forward_goes_on_as_the_layer_does(family, tracer):
     for x in others:
         torch.testing.assert_close(traced(x), layer(x))
     torch.testing.assert_close(traced_layer.state_dict(), layer.state_dict())
+
+
+@each_family
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+def test_a_forward_traced_without_values_goes_on_as_the_layer_does(family, mode):
+    layer = family.make(2)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 5, 5)
+    traced = make_fx(layer, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())  # there were no values
+    for size in (4, 4, 4) if mode == "fake" else (4, 2, 7):
+        x = torch.randn(size, 3, 5, 5)
+        torch.testing.assert_close(traced(x), twin(x))
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
+@each_family
+def test_a_traced_training_step_goes_on_as_the_layers_does(family):
+    short = {"window": 2, "warmup": 0, "renorm_warmup": 3}
+    layer = family.make(2, **(short if family.name == "moving_average" else {}))
+    twin, xs = copy.deepcopy(layer), torch.randn(6, 4, 3, 5, 5)
+    weights, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+
+    def loss(weights, buffers, x):
+        return functional_call(layer, (weights, buffers), (x,)).square().sum()
+
+    step = make_fx(grad(loss))(weights, buffers, xs[0])
+    twin(xs[0]).square().sum().backward()
+    for x in xs[1:]:
+        gradients = step(weights, buffers, x)
+        twin.zero_grad()
+        twin(x).square().sum().backward()
+        for name, parameter in twin.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
 
 
 @each_family

@@ -31,7 +31,8 @@ def separate(size: Number) -> Weights:
 def affine(constant: float, slope: float, x: Number) -> Number:
     """Return ``constant + slope x``, of a floating-point tensor in one operation."""
     if isinstance(x, Tensor):
-        if not x.is_floating_point():
+        # torch does not subtract a multiple by a symbolic number, which a traced size gives.
+        if not x.is_floating_point() or isinstance(slope, torch.SymFloat):
             x, slope = x * slope, 1.0
         return torch.rsub(x, constant, alpha=-slope)
     return constant + slope * x
