@@ -2,11 +2,14 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state
 
 from cases import PLAIN, each_family
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 MEMBERS = 3
 SHORT = {"window": 3, "warmup": 2, "renorm_warmup": 5}
@@ -73,6 +76,53 @@ def test_gradients_of_an_ensemble_are_those_of_its_members(family):
                 torch.testing.assert_close(
                     gradients[name][index], parameter.grad, msg=name, equal_nan=True
                 )
+    assert_stacked(buffers, nets)
+
+
+# (dimensions, options of the layers, dtype, one input for all members, members at a time)
+CASES = {
+    "2d": (2, {}, torch.float32, False, None),
+    "3d": (3, {}, torch.float32, False, None),
+    "one input": (2, {}, torch.float32, True, None),
+    "chunks": (2, {}, torch.float32, False, 2),
+    "float64": (2, {}, torch.float64, False, None),
+    "bfloat16": (2, {}, torch.bfloat16, False, None),
+    "weight alone": (2, {"bias": False}, torch.float32, False, None),
+    "per batch": (2, {"momentum": None}, torch.float32, False, None),
+    "latest batch alone": (2, {"momentum": 1.0}, torch.float32, False, None),
+    "nothing moves": (2, {"momentum": 0.0}, torch.float32, False, None),
+}
+
+
+@each_family
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("by", ["torch.func.grad", "backward"])
+def test_whatever_the_options_an_ensemble_is_a_loop_over_its_members(family, case, by):
+    dims, options, dtype, shared, chunk = case
+    short = SHORT if family.name == "moving_average" else {}
+    nets = [family.make(dims, **short, **options, dtype=dtype) for _ in range(MEMBERS)]
+    for parameter in (p for net in nets for p in net.parameters()):
+        nn.init.normal_(parameter)
+    weights, buffers = stack_module_state(copy.deepcopy(nets))
+    base, in_dims = copy.deepcopy(nets[0]), (0, 0, None if shared else 0)
+
+    def loss(weights, buffers, x):
+        return functional_call(base, (weights, buffers), (x,)).square().sum()
+
+    for _ in range(7 if family.name == "moving_average" else 3):
+        x = torch.randn(4, 3, *[3] * dims) if shared else torch.randn(MEMBERS, 4, 3, *[3] * dims)
+        x = x.to(dtype)
+        if by == "backward":
+            losses = torch.vmap(loss, in_dims, chunk_size=chunk)(weights, buffers, x)
+            found = torch.autograd.grad(losses.sum(), [*weights.values()])
+            gradients = dict(zip(weights, found, strict=True))
+        else:
+            gradients = torch.vmap(grad(loss), in_dims, chunk_size=chunk)(weights, buffers, x)
+        for index, net in enumerate(nets):
+            net.zero_grad()
+            net(x if shared else x[index]).square().sum().backward()
+            for name, parameter in net.named_parameters():
+                torch.testing.assert_close(gradients[name][index], parameter.grad)
     assert_stacked(buffers, nets)
 
 

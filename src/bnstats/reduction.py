@@ -66,7 +66,7 @@ def mean_square(x: Tensor) -> Tensor:
     count = x.numel() // x.shape[1]
     if x.device.type != "cpu":
         norm: Tensor = torch.linalg.vector_norm(x, dim=_others(x), dtype=_accumulator(x))
-        return norm.square_().div_(count)
+        return norm.square().div_(count)
     rows = _short_rows(x)
     squares = x.double().square().sum(_others(x)) if rows is None else _sums_of_squares(rows)
     return squares.div_(count)
@@ -183,7 +183,7 @@ def _sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, ..., length), per channel; return float64."""
     if rows.stride(-1) == 1:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
-        return _per_channel(norms.square_())
+        return _per_channel(norms.square())
     # channels_last: a norm over a strided axis is slow
     return _per_channel(rows.to(_accumulator(rows)).square().sum(-1))
 

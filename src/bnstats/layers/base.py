@@ -143,13 +143,15 @@ class RunningStatsBatchNorm(_BatchNorm):
         with unseen():
             # (Not as two rows of one tensor: torch.vmap's rule writes to a copy of a row.)
             mean, var = torch.zeros_like(like), torch.zeros_like(like)
-        use_cudnn = torch.backends.cudnn.enabled
-        output = torch.batch_norm(input, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
+        x, use_cudnn = input, torch.backends.cudnn.enabled
+        if x.dtype in HALF and intercepted():  # torch.vmap's rule takes no wider statistics
+            x = x.to(like.dtype)
+        output = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, self.eps, use_cudnn)
         if moves and not in_backward_pass():
             with unseen():
                 track = self._track_on_host if on_host(mean) else self._track_on_device
                 track(mean, var, count)
-        return output
+        return output.to(input.dtype)
 
     def _state(self) -> tuple[Tensor, Tensor]:
         """Return the buffers of the recursion, mean and variance."""

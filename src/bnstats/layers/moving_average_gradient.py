@@ -167,7 +167,9 @@ def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) 
     zeros = torch.zeros_like(var)
     # Evaluation mode does not read what training saves, but torch.vmap's rule asks for it. It has
     # no rule for addcmul_.
-    transformed = intercepted()
+    transformed, dtype = intercepted(), grad.dtype
+    if transformed:  # nor does the rule take half beside wider statistics
+        grad, x = grad.to(var.dtype), x.to(var.dtype)
     saved = (zeros, zeros) if transformed else (None, None)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
@@ -176,7 +178,7 @@ def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) 
     def input_gradient(mean: Tensor) -> Tensor:
         factor_z = (mean / (var + eps)).view(-1, *[1] * (x.dim() - 2))
         add = torch.addcmul if transformed else Tensor.addcmul_
-        return add(partial, x, factor_z, value=-1)
+        return add(partial, x, factor_z, value=-1).to(dtype)
 
     return grad_z, grad_bias, input_gradient
 
