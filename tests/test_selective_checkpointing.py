@@ -19,6 +19,8 @@ from torch.utils.checkpoint import (
 
 from cases import FAMILIES, each_family
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = {"window": 3, "warmup": 2, "renorm_warmup": 5}
 
 
