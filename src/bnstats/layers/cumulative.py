@@ -103,14 +103,19 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
-        mean, var = self.running_mean, self.running_var
         for name in ("num_values_tracked", *self._wide_buffers):
             self.register_buffer(name, None)
-        if mean is not None and var is not None:
-            wide = self._wide_dtype(mean)
-            self.num_values_tracked = torch.tensor(0, device=mean.device)
-            self.exact_mean, self.exact_var = mean.to(wide, copy=True), var.to(wide, copy=True)
+        for name, value in self._start(self.running_mean, self.running_var).items():
+            self._buffers[name] = value
         self._versions = Versions()
+
+    def _start(self, mean: Tensor | None, var: Tensor | None) -> dict[str, Tensor]:
+        """Return this layer's own buffers beside running statistics of no known values."""
+        if mean is None or var is None:
+            return {}
+        wide, counter = self._wide_dtype(mean), torch.tensor(0, device=mean.device)
+        exact = (x.to(wide, copy=True) for x in (mean, var))
+        return {"num_values_tracked": counter, **dict(zip(self._wide_buffers, exact, strict=True))}
 
     def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
         if self._forgets():
@@ -187,13 +192,19 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         # torch passes a copy of the caller's mapping, and completes it in the same way.
         mean, var = (state_dict.get(prefix + name) for name in ("running_mean", "running_var"))
         if isinstance(mean, Tensor) and isinstance(var, Tensor) and self.exact_mean is not None:
-            wide = self._wide_dtype(mean)
-            state_dict.setdefault(
-                prefix + "num_values_tracked", torch.tensor(0, device=mean.device)
-            )
-            state_dict.setdefault(prefix + "exact_mean", mean.to(wide))
-            state_dict.setdefault(prefix + "exact_var", var.to(wide))
+            waits = self.running_mean is not None and self.running_mean.is_meta
+            for name, value in self._start(mean, var).items():
+                own = self._buffers[name]
+                # An earlier part of the checkpoint was assigned, on meta, before the rest.
+                assigned = waits and own is not None and not own.is_meta
+                state_dict.setdefault(prefix + name, own if assigned else value)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None and not (mean.is_meta or var.is_meta):
+            for name, value in self._start(mean, var).items():  # they came one by one
+                own = self._buffers[name]
+                if own is not None and own.is_meta:
+                    self._buffers[name] = value
 
 
 class CumulativeBatchNorm1d(CumulativeBatchNorm, nn.BatchNorm1d):

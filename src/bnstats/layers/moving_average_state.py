@@ -72,13 +72,34 @@ class MovingAverageState(RunningStatsBatchNorm):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # torch passes a copy of the caller's mapping, and completes it in the same way.
-        if prefix + "num_steps_tracked" not in state_dict and prefix + "running_mean" in state_dict:
+        rings = self._ring_buffers
+        own = any(prefix + name in state_dict for name in rings) or self._assigned_before()
+        if not own and prefix + "running_mean" in state_dict:
             assign = local_metadata.get("assign_to_params_buffers", False)
             self._complete(state_dict, prefix, assign)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        mean, var = self.running_mean, self.running_var
+        empty = all(getattr(self, name).is_meta for name in rings)
+        if empty and mean is not None and var is not None and not (mean.is_meta or var.is_meta):
+            self._start_from(prefix, mean, var)  # a plain checkpoint's, one by one
         scales, loaded = self.window_scales, self.window_mean_squares
         if (scales.device, scales.dtype) != (loaded.device, loaded.dtype):  # by assign=True
             self.window_scales = loaded.new_zeros(scales.shape)
+
+    def _assigned_before(self) -> bool:
+        """Whether a part of this layer's own checkpoint was assigned, on meta, before the rest."""
+        rings = [getattr(self, name) for name in self._ring_buffers]
+        mean = self.running_mean
+        return mean is not None and mean.is_meta and not all(ring.is_meta for ring in rings)
+
+    def _start_from(self, prefix: str, mean: Tensor, var: Tensor) -> None:
+        """Go on from assigned statistics, which stay the caller's, with empty ring buffers."""
+        wide = self._wide_dtype(var)
+        wide_mean, wide_var = mean.to(wide), var.to(wide)
+        self._warn_if_far(prefix, wide_mean, wide_var)
+        self.running_mean = torch.zeros_like(mean)
+        self.running_var = (wide_var + wide_mean.square()).to(var.dtype)
+        self._register_ring_buffers(len(self.window_mean_squares))
 
     def _complete(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
         """Make a plain checkpoint one about zero, with empty ring buffers."""
@@ -92,14 +113,17 @@ class MovingAverageState(RunningStatsBatchNorm):
                 dtype = wide if own.is_floating_point() else own.dtype
                 state_dict[prefix + name] = torch.zeros_like(own, dtype=dtype, device=var.device)
         wide_mean, wide_var = mean.to(wide), var.to(wide)
-        if far_from_zero(wide_mean, wide_var, self.eps):
+        self._warn_if_far(prefix, wide_mean, wide_var)
+        state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
+        about = wide_var + wide_mean.square()
+        # What is assigned keeps the checkpoint's dtype; what is copied takes the layer's.
+        state_dict[prefix + "running_var"] = about.to(var.dtype) if assign else about
+
+    def _warn_if_far(self, prefix: str, mean: Tensor, var: Tensor) -> None:
+        if far_from_zero(mean, var, self.eps):
             warn(
                 f"layer '{prefix.removesuffix('.')}' ({type(self).__name__}): the checkpoint's "
                 "running_mean is not near zero, and this layer has no mean: it starts from "
                 "running_var + running_mean^2 and evaluates differently; train on, with "
                 "centered layers before it, or use another layer"
             )
-        state_dict[prefix + "running_mean"] = torch.zeros_like(mean)
-        about = wide_var + wide_mean.square()
-        # What is assigned keeps the checkpoint's dtype; what is copied takes the layer's.
-        state_dict[prefix + "running_var"] = about.to(var.dtype) if assign else about
