@@ -182,6 +182,22 @@ class TestOthersWrite:
         run(other, x)
         assert_state(layer, state(other))
 
+    def test_a_trained_layer_loads_where_torch_swaps_tensors(self):
+        # torch.utils.swap_tensors refuses a tensor that something refers to weakly
+        layer, other = make(), make()
+        for x in data(4):
+            layer(x)
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            layer.load_state_dict(other.state_dict())
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        x = data(1)[0]
+        layer(x)
+        other(x)
+        assert_state(layer, state(other))
+
     def test_averaged_models_average_its_buffers_too(self, run):
         model = nn.Sequential(make())
         averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import ref
 
 from torch import Tensor
 
@@ -19,16 +18,17 @@ class Versions:
     """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[ref[Tensor], float]] = []
+        # Not weak references: torch.utils.swap_tensors refuses tensors that have some.
+        self._seen: list[tuple[Tensor, float]] = []
 
     def remember(self, tensors: Sequence[Tensor]) -> None:
         """Take these, as they are now, for known."""
-        self._seen = [(ref(tensor), version(tensor)) for tensor in tensors]
+        self._seen = [(tensor, version(tensor)) for tensor in tensors]
 
     def know(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the tensors remembered, and nobody has written to them since."""
         return len(self._seen) == len(tensors) and all(
-            seen() is tensor and written == version(tensor)
+            seen is tensor and written == version(tensor)
             for (seen, written), tensor in zip(self._seen, tensors, strict=True)
         )
 
