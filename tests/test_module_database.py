@@ -5,6 +5,7 @@ test stands for the one of the same name in torch's ``test/test_modules.py``.
 """
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -16,16 +17,24 @@ from torch.testing._internal.common_modules import module_db
 from bnstats.errors import InvalidValueError
 from cases import FAMILIES, PLAIN
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NOT_TRACKING = "its windows are running statistics: track_running_stats=False is refused"
 NO_DERIVATIVE = "its gradient is, on purpose, not the derivative of its output"
 EPS_BELOW_ZERO = "eps below 0 is refused when the layer is made, not in its first forward"
 
+WIDE = "a half layer's window, and the exact statistics of any, keep their digits"
+
 DOES_NOT_APPLY = {
+    ("cumulative", "every entry", "all buffers get the dtype"): WIDE,
+    ("moving_average", "every entry", "all buffers get the dtype"): WIDE,
     ("moving_average", "not_tracking_stats", "every test"): NOT_TRACKING,
     ("moving_average", "every entry", "gradcheck in training"): NO_DERIVATIVE,
     ("moving_average", "every entry", "gradgradcheck in training"): NO_DERIVATIVE,
     ("every family", "negative eps", "errors"): EPS_BELOW_ZERO,
 }
+
+WIDE_DTYPES = (torch.float32, torch.float64)
 
 ENTRIES = {
     dims: next(entry for entry in module_db if entry.module_cls is plain)
@@ -97,6 +106,66 @@ def test_factory_kwargs(family, dims, training, index):
         on_meta, _ = case(family, dims, training, index)
     assert all(value.is_meta for value in [*on_meta.parameters(), *on_meta.buffers()])
     on_meta.to_empty(device="cpu").load_state_dict(layer.state_dict())
+
+
+@pytest.fixture(params=[False, True], ids=["set", "swap"])
+def swapping(request):
+    """Whether conversions swap parameters, as torch.__future__ lets them, or set their data."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def assert_dtype(family, module_input, layer, dtype):
+    """The dtype is that of all parameters and buffers, or of those that torch's layer has."""
+    wide = not applies(family, module_input, "all buffers get the dtype")
+    for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
+        if value.is_floating_point() and not (wide and name in layer._wide_buffers):
+            assert value.dtype == dtype, name
+        elif value.is_floating_point():
+            assert torch.finfo(value.dtype).eps <= torch.finfo(torch.float32).eps, name
+
+
+@each_case
+def test_to(family, dims, training, index, swapping):
+    layer, x = case(family, dims, training, index)
+    layer(x)
+    twin, module_input = copy.deepcopy(layer), list(inputs(dims, training))[index]
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        assert layer.to(dtype) is layer
+        assert_dtype(family, module_input, layer, dtype)
+        assert torch.isfinite(layer(x.to(dtype))).all()
+    twin.double()
+    torch.testing.assert_close(twin(x.double()), copy.deepcopy(twin).to("cpu")(x.double()))
+    with torch.no_grad():
+        assert copy.deepcopy(twin).to("meta")(x.double().to("meta")).is_meta
+
+
+@each_case
+def test_to_empty_and_back(family, dims, training, index, swapping):
+    layer, x = case(family, dims, training, index)
+    layer(x)
+    with torch.device("meta"):
+        twin, _ = case(family, dims, training, index)
+    assert all(value.is_meta for value in [*twin.parameters(), *twin.buffers()])
+    twin.to_empty(device="cpu").load_state_dict(layer.state_dict())
+    torch.testing.assert_close(twin.state_dict(), layer.state_dict())
+    torch.testing.assert_close(twin(x), layer(x))
+
+
+@each_case
+def test_save_and_load(family, dims, training, index):
+    layer, x = case(family, dims, training, index)
+    layer(x)
+    for saved in (layer, layer.state_dict()):
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        twin, _ = case(family, dims, training, index)
+        loaded = torch.load(file, weights_only=saved is not layer)
+        twin = loaded if saved is layer else (twin.load_state_dict(loaded), twin)[1]
+        torch.testing.assert_close(twin(x), copy.deepcopy(layer)(x))
 
 
 @each_case
@@ -190,9 +259,25 @@ class TestWhatDoesNotApply:
         with pytest.raises(InvalidValueError, match="eps"):
             family.make(1, eps=-1.0)
 
+    def test_buffers_keep_their_digits_in_a_half_layer(self):
+        for family in FAMILIES:
+            halved = family.make(1).half()
+            kept = {name for name, x in halved.named_buffers() if x.dtype in WIDE_DTYPES}
+            assert kept == {*halved._wide_buffers}
+            reason = DOES_NOT_APPLY.get((family.name, "every entry", "all buffers get the dtype"))
+            assert bool(kept) == (reason is WIDE)
+
     def test_windows_need_running_statistics(self):
         with pytest.raises(InvalidValueError, match="track_running_stats"):
             FAMILIES[2].make(1, track_running_stats=False)
+
+    def test_its_gradient_is_not_the_derivative_of_its_output(self):
+        # with a full window whose gradients are not this batch's
+        layer = FAMILIES[2].make(1, window=2, warmup=0, dtype=torch.float64)
+        for x in torch.randn(4, 4, 3, dtype=torch.float64):
+            layer(x).square().sum().backward()
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        assert not gradcheck(lambda x: copy.deepcopy(layer)(x), x, raise_exception=False)
 
     def test_a_window_has_no_second_derivative(self):
         layer, x = FAMILIES[2].make(1), torch.randn(4, 3, requires_grad=True)
