@@ -1,6 +1,7 @@
 """What convert_batchnorm and revert_batchnorm refuse, warn of, and leave as it was."""
 
 import importlib
+from typing import Generic, TypeVar
 
 import pytest
 import torch
@@ -36,13 +37,45 @@ class Renaming(nn.BatchNorm2d):
         super()._save_to_state_dict(destination, f"{prefix}renamed_", keep_vars)
 
 
-class Helpful(nn.BatchNorm2d):
+class Convolving(nn.Conv2d):
+    def _conv_forward(self, *args):
+        return 2 * super()._conv_forward(*args)
+
+
+class Doubling(nn.Conv2d):
+    @property
+    def weight(self):
+        return 2 * self._parameters["weight"] if "weight" in self._parameters else self.missing
+
+
+class Scheduled(nn.BatchNorm2d):
+    @property
+    def momentum(self):
+        return 0.5
+
+    @momentum.setter
+    def momentum(self, value):
+        pass
+
+
+T = TypeVar("T")
+
+
+class Helpful(nn.BatchNorm2d, Generic[T]):
     @staticmethod
     def helper():
         return 1
 
     def extra_repr(self):
         return "helpful"
+
+
+class Slotted(nn.BatchNorm2d):
+    __slots__ = ("own",)
+
+
+class GenericFirst(Generic[T], nn.BatchNorm2d):
+    pass
 
 
 class Thin(nn.BatchNorm2d):
@@ -66,6 +99,9 @@ def instance_forward():
 REFUSED = {
     "own forward": (lambda: Activated(3), "forward"),
     "own method behind state dicts": (lambda: Renaming(3), "_save_to_state_dict"),
+    "own option": (lambda: Scheduled(3), "momentum"),
+    "slots": (lambda: Slotted(3), "__slots__"),
+    "another layout": (lambda: GenericFirst(3), "Generic"),
     "no dimension": (lambda: Dimensionless(3), "no known base"),
     "forward put on the layer": (instance_forward, "forward"),
     "lazy": (nn.LazyBatchNorm2d, "lazy"),
@@ -89,6 +125,16 @@ def test_what_cannot_be_converted_is_refused_by_path_and_nothing_changes(family,
     assert type(model[0]) is family.layers[2]
     bnstats.revert_batchnorm(model)
     assert state(model)[0] == before[0]
+
+
+@pytest.mark.parametrize("cls", [Doubling, Convolving])
+def test_a_convolution_that_computes_by_itself_is_not_centered(cls):
+    model = nn.Sequential(cls(3, 3, 1), nn.BatchNorm2d(3))
+    before = state(model)
+    word = "weight" if cls is Doubling else "_conv_forward"
+    with pytest.raises(InvalidTypeError, match=rf"'0' \({cls.__name__}\).*its own {word}"):
+        bnstats.convert_batchnorm(model, "moving_average")
+    assert state(model) == before
 
 
 @families

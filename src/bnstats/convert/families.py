@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -58,7 +60,7 @@ _FAMILY_OF = {known: family for family, row in FAMILIES.items() for known in row
 
 # What a class holds without behaving differently for it.
 _INERT = {
-    *("__init__", "__annotate__", "__annotate_func__", "__bnstats_class__"),
+    *("__init__", "__init_subclass__", "__annotate__", "__annotate_func__", "__bnstats_class__"),
     *("__doc__", "__dict__", "__weakref__", "__repr__", "extra_repr"),
 }
 
@@ -102,7 +104,7 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
         return cls
     said = _said_class(where, cls, to)
     if said is not None:
-        return said
+        return _check_layout(where, cls, said)
     methods = _overridden_methods(known, module)
     if known is None or methods:
         own = f"its own {', '.join(methods)}" if methods else "no known base"
@@ -111,7 +113,20 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
             f"leave it out with include, or let its class say what it becomes for {to!r} by a "
             "method __bnstats_class__ (see convert_batchnorm)"
         )
-    return FAMILIES[to][_COLUMNS[known]]
+    return _check_layout(where, cls, FAMILIES[to][_COLUMNS[known]])
+
+
+def _check_layout(where: str, cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
+    """Return the target if Python lets an object of the one class become one of the other."""
+    try:
+        object.__setattr__(object.__new__(cls), "__class__", target)
+    except TypeError as error:
+        raise InvalidTypeError(
+            f"{where}: expected a class whose objects can become {target.__name__}s, as those "
+            f"with __slots__ and those that derive from Generic before torch's layer cannot: "
+            f"{error}; leave it out with include, or change the class"
+        ) from None
+    return target
 
 
 def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | None:
@@ -133,17 +148,25 @@ def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | 
 def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> list[str]:
     """Name the methods of a known class that a layer's own class replaces.
 
-    ``forward`` is one, ``_conv_forward``, the methods behind state dicts, ``train``: without them
-    the layer would compute or save something else. A method under a name of its own, a helper
-    of the constructor for example, is called by none of torch's.
+    ``forward`` is one, ``_conv_forward``, the methods behind state dicts, ``train``, a property
+    ``weight``: without them the layer would compute or save something else. A method under a
+    name of its own, a helper of the constructor for example, is called by none of torch's.
     """
     names = ["forward"] if "forward" in vars(module) else []
+    # A property may also stand for a parameter, a buffer or an option that an instance has.
+    state = {*module._parameters, *module._buffers, *_annotated(known)}
     for base in written_class(module).__mro__:
         if base is known or known is None:
             break
         for name, value in vars(base).items():
             behaves = callable(value) or hasattr(value, "__get__")
-            replaces = behaves and hasattr(known, name) and name not in _INERT
-            if replaces and name not in names:
+            replaces = behaves and (hasattr(known, name) or name in state)
+            if replaces and name not in _INERT and name not in names:
                 names.append(name)
     return names
+
+
+def _annotated(cls: type | None) -> set[str]:
+    """Return the names of the attributes that a class and its bases declare."""
+    bases = () if cls is None else cls.__mro__
+    return {name for base in bases for name in inspect.get_annotations(base)}

@@ -63,10 +63,11 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
         InvalidValueError: an unknown family, a value that the family's class refuses.
         InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
             not yet materialized; a layer whose class replaces a method of torch's layer by its
-            own, ``forward`` or ``_conv_forward`` for example, which the conversion would drop
-            (timm's ``BatchNormAct2d`` activates in its forward). Helpers under other names are
-            no reason; the converted layer lacks them. The message has the layer's name; the
-            model is as before.
+            own, ``forward`` or ``_conv_forward`` for example, or an attribute by a property,
+            which the conversion would drop (timm's ``BatchNormAct2d`` activates in its
+            forward); one with ``__slots__``, whose objects cannot change their class. Helpers
+            under other names are no reason; the converted layer lacks them. The message has
+            the layer's name; the model is as before.
 
     Warns:
         BnstatsWarning: there is nothing to convert; a SyncBatchNorm that does synchronize
