@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnstats.layers import base, moving_average_gradient, moving_average_step
+from bnstats.layers import base, moving_average_gradient, moving_average_recall, moving_average_step
 
 
 class Passing(TorchDispatchMode):
@@ -36,5 +36,5 @@ PATHS = {
 
 def take_tensors_for_a_devices(monkeypatch):
     """Have the layers wait for no tensor's values, as on CUDA."""
-    for module in (base, moving_average_step, moving_average_gradient):
+    for module in (base, moving_average_step, moving_average_recall, moving_average_gradient):
         monkeypatch.setattr(module, "on_host", lambda tensor: False)

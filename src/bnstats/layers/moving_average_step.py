@@ -16,15 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
-from bnstats.errors import InvalidValueError
+from bnstats.layers.moving_average_recall import Scale, recall_if_repeated
 from bnstats.layers.operators import opaque, register
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_square, mean_square_on_host
-
-_SAME_BATCH = 0.01
-"""Relative distance up to which two mean squares can be one batch's, computed twice. On most
-devices they are equal to the bit; some kernels add up in an order that varies."""
 
 
 class Options(NamedTuple):
@@ -66,21 +62,6 @@ class State(NamedTuple):
     num_steps: Tensor
 
 
-class Scale(NamedTuple):
-    """What a training forward normalizes with.
-
-    Attributes:
-        var: of shape (C,).
-        ratio: of shape (C,).
-        step: of shape (), the forward's step: 0 for a batch that is not finite, negative for
-            one that belongs there and moves nothing.
-    """
-
-    var: Tensor
-    ratio: Tensor
-    step: Tensor
-
-
 def take_step(state: State, x: Tensor, options: Options) -> Scale:
     """Take a batch in, and return what it is normalized with.
 
@@ -93,7 +74,9 @@ def take_step(state: State, x: Tensor, options: Options) -> Scale:
         return _take_step_on_host(state, mean_square_on_host(x), options)
     with unseen():
         chi = mean_square(x).to(dtype)
-        step = opaque(_OPERATOR, _take_step)
+        if torch.compiler.is_compiling():
+            return _take_step_on_device(state, chi, options)
+        step = opaque(_STEP, _take_step)
         return Scale(*step(*state, chi, *options))
 
 
@@ -111,24 +94,29 @@ def _take_step(
     renorm_warmup: int,
     max_ratio: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide whether a step counts, and write it."""
+    """Take a step where what sees operators would not see what Python decides."""
     state = State(running_var, num_batches, mean_squares, scales, gradient_steps, num_steps)
     options = Options(eps, momentum, warmup, renorm_warmup, max_ratio)
-    moves = momentum != 0
-    if moves and in_backward_pass():
-        return _recall(state, chi)
-    if on_host(chi):
+    if on_host(chi) and not (in_backward_pass() and momentum != 0):
         return _take_step_on_host(state, chi.numpy(), options)
-    new, scale = _advance(state, chi, options)
+    return _take_step_on_device(state, chi, options)
+
+
+def _take_step_on_device(state: State, chi: Tensor, options: Options) -> Scale:
+    """Decide whether a step counts, and write it, by tensors alone."""
+    new, (var, ratio, step) = _advance(state, chi, options)
     running = new.running_var.to(state.running_var.dtype)
     counted = torch.maximum(chi.max(), running.max()) < torch.inf
-    if moves:
-        for buffer, value in zip(state, new, strict=True):
-            if buffer is not None and value is not None and value is not buffer:
-                buffer.copy_(torch.where(counted, value, buffer))
-    var, ratio, step = scale
-    var = torch.where(counted, var, chi)
-    return Scale(var, torch.where(counted, ratio, 1), torch.where(counted, step, 0))
+    var, ratio = torch.where(counted, var, chi), torch.where(counted, ratio, 1)
+    step = step * counted
+    if options.momentum == 0:
+        return Scale(var, ratio, step)
+    history = state.mean_squares, state.scales, state.gradient_steps, state.num_steps
+    var, ratio, step, counted = recall_if_repeated(var, ratio, step, counted, chi, *history)
+    for buffer, value in zip(state, new, strict=True):
+        if buffer is not None and value is not None and value is not buffer:
+            buffer.copy_(torch.where(counted, value, buffer))
+    return Scale(var, ratio, step)
 
 
 def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]:
@@ -218,43 +206,14 @@ def _follow_on_host(state: State, var: Tensor, options: Options) -> bool:
     return True
 
 
-def _recall(state: State, chi: Tensor) -> Scale:
-    """Find the step that is run again, by its mean square; nothing else tells it apart.
-
-    Where batches are alike it is the latest whose backward has not run yet.
-    """
-    length, norm = len(state.mean_squares), torch.linalg.vector_norm
-    steps = ring_buffer.latest_steps(state.num_steps, state.gradient_steps)
-    distance = torch.where(steps > 0, norm(state.mean_squares - chi, dim=1), torch.inf)
-    nearest = distance.min()
-    preference = steps + length * (state.gradient_steps != steps)
-    slot = torch.where(distance == nearest, preference, 0).argmax().view(1)
-    found, finite = nearest <= _SAME_BATCH * norm(chi), chi.sum().isfinite()
-    if on_host(chi) and finite and not found:
-        raise InvalidValueError(
-            "MovingAverageBatchNorm: a training forward inside a backward pass is taken for one "
-            "that activation checkpointing runs again, but none of the last "
-            f"{length} had this input: expected at most window={length} training forwards between "
-            "a forward and its backward; choose a larger window, or run backward sooner"
-        )
-    var, ratio = state.scales.index_select(0, slot).squeeze(0).unbind()
-    var = torch.where(found, var, torch.nan)  # where the host cannot raise, NaN shows it
-    step = steps.index_select(0, slot).squeeze(0)
-    return Scale(
-        torch.where(finite, var, chi),
-        torch.where(finite, ratio, 1),
-        torch.where(finite, step, 0),
-    )
-
-
-def _shapes(*state_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _step_shapes(*state_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_steps, chi = state_and_options[5:7]
     return torch.empty_like(chi), torch.empty_like(chi), torch.empty_like(num_steps)
 
 
-_OPERATOR = register(
+_STEP = register(
     "moving_average_step",
     _take_step,
-    _shapes,
+    _step_shapes,
     *("running_var", "num_batches", "mean_squares", "scales", "num_steps"),
 )
