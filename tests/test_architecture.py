@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "private"},
     {"reduction"},
     {"moments"},
-    {"accumulators", "traversal", "distributed", "interrupts"},
+    {"accumulators", "traversal", "distributed", "interrupts", "masks"},
     {"layers"},
     {"convert", "recompute"},
     {"diagnose"},

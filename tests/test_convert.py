@@ -76,14 +76,14 @@ def test_a_layer_becomes_the_familys_of_its_dimension_and_comes_back(family, dim
 
 
 @families
-def test_sync_batchnorm_becomes_the_familys_base_and_comes_back_with_its_group(family):
-    group = object()
-    model = nn.Sequential(nn.SyncBatchNorm(3, process_group=group))
+def test_sync_batchnorm_becomes_the_familys_base_and_comes_back(family):
+    model = nn.Sequential(nn.SyncBatchNorm(3))
     assert type(converted(model, family)[0]) is family.base
+    assert model[0].sync is True
     assert model(torch.randn(4, 3)).shape == (4, 3)
     assert model(torch.randn(2, 3, 4, 4, 4)).shape == (2, 3, 4, 4, 4)
     assert type(bnstats.revert_batchnorm(model)[0]) is nn.SyncBatchNorm
-    assert model[0].process_group is group
+    assert model[0].process_group is None
 
 
 @families

@@ -224,7 +224,7 @@ BAD_ARGUMENTS = {
         ("ema",),
         {"window": 3},
         InvalidTypeError,
-        "window.*debias, pooled, momentum",
+        "window.*debias, pooled, sync, momentum",
     ),
     "center": (("cumulative",), {"center": True}, InvalidTypeError, "center"),
     "bad value": (("ema",), {"momentum": 7}, InvalidValueError, "momentum"),
@@ -270,14 +270,6 @@ def test_nothing_to_convert_is_warned_of():
         bnstats.convert_batchnorm(nn.Sequential(nn.LayerNorm(3)), "ema")
     with pytest.warns(bnstats.BnstatsWarning, match="include"):
         bnstats.convert_batchnorm(two_layers(), "ema", include=lambda name, module: False)
-
-
-def test_a_synchronizing_layer_that_becomes_a_local_one_is_warned_of(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
-    with pytest.warns(bnstats.BnstatsWarning, match="'1'"):
-        bnstats.convert_batchnorm(model, "ema")
 
 
 def test_the_way_back_leaves_layers_of_others_alone():

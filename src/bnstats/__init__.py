@@ -8,6 +8,7 @@ The map:
   :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
 - :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
   in place; :func:`revert_batchnorm` makes them torch's again.
+- :func:`masked`: let padding count for nothing, in all layers of a model.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
@@ -44,6 +45,7 @@ from bnstats.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    masked,
 )
 from bnstats.moments import Moments
 from bnstats.recompute import (
@@ -86,6 +88,7 @@ __all__ = [
     "RunningStats",
     "convert_batchnorm",
     "estimate_running_error",
+    "masked",
     "measure_population_stats",
     "plot_batch_stats",
     "plot_drift",

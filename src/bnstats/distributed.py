@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class Peers:
                     "torch.distributed.init_process_group first, or pass sync=None"
                 )
             return cls()
-        if not dist.is_available() or not isinstance(sync, dist.ProcessGroup):
+        if not is_group(sync):
             # What new_group returns in a process that it leaves out.
             if dist.is_available() and isinstance(sync, int):
                 raise InvalidValueError("sync: this process is not a member of the group")
@@ -99,6 +99,11 @@ class Peers:
         if backend == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu") if backend == "gloo" else device
+
+
+def is_group(value: object) -> TypeGuard[ProcessGroup]:
+    """Whether a value is a process group."""
+    return dist.is_available() and isinstance(value, dist.ProcessGroup)
 
 
 def communicates(model: nn.Module) -> bool:

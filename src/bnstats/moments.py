@@ -107,6 +107,18 @@ def _add_quotient(x: Tensor, y: Tensor, divisor: Number) -> Tensor:
     return torch.add(x, y, alpha=1 / divisor)
 
 
+def merge_all(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge the moments of several, of shape (k,), (k, C) and (k, C), as :class:`Moments` does.
+
+    Chan's update for all at once: what is within each, and between their means.
+    """
+    total = count.sum()
+    share = (count / total.clamp(min=1)).to(mean.dtype).unsqueeze(1)
+    merged = (share * mean).sum(0)  # of no values the mean is 0, and the share too
+    between = (mean - merged).square() * count.to(mean.dtype).unsqueeze(1)
+    return total, merged, (m2 + between).sum(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Number, mean and sum of squared deviations of the values of each channel.

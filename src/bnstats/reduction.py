@@ -57,6 +57,44 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     return _exactly(x) if fast is None else fast
 
 
+def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return number, mean and sum of squared deviations of the valid values per channel.
+
+    Two passes, the second about the mean: padding of any amount and value changes nothing.
+
+    Args:
+        x: of shape (N, C, ...).
+        mask: boolean, broadcastable to x, the channel axis being 1.
+    """
+    count = count_positions(mask, x)
+    x, wide = x.to(_accumulator(x)), wide_dtype(x.device)
+    total = _sum(torch.where(mask, x, 0))
+    about = (total / count.clamp(min=1)).to(x.dtype)
+    deviations = torch.where(mask, x - about.view(-1, *[1] * (x.dim() - 2)), 0)
+    mean = _sum(deviations) / count.clamp(min=1)  # of what rounding has left
+    m2 = _sum_of_squares(deviations) - count * mean.square()
+    return count, mean + about.to(wide), m2.clamp_(min=0)
+
+
+def count_positions(mask: Tensor, x: Tensor) -> Tensor:
+    """Return the number of valid positions, int64 of shape ()."""
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
+
+
+def _sum(x: Tensor) -> Tensor:
+    rows = _short_rows(x) if x.is_cpu else None
+    if rows is None:
+        return x.sum(_others(x), dtype=wide_dtype(x.device))
+    return _per_channel(rows.sum(-1))
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    rows = _short_rows(x) if x.is_cpu else None
+    if rows is None:
+        return x.to(wide_dtype(x.device)).square().sum(_others(x))
+    return _sums_of_squares(rows)
+
+
 def mean_square(x: Tensor) -> Tensor:
     """Return the mean of the squares per channel, for x of shape (N, C, ...) with values.
 

@@ -28,9 +28,9 @@ def separate(size: Number) -> Weights:
     return Weights(size, size)
 
 
-def affine(constant: float, slope: float, x: Number) -> Number:
+def affine(constant: Number, slope: Number, x: Number) -> Number:
     """Return ``constant + slope x``, of a floating-point tensor in one operation."""
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor) and not (isinstance(constant, Tensor) or isinstance(slope, Tensor)):
         # torch does not subtract a multiple by a symbolic number, which a traced size gives.
         if not x.is_floating_point() or isinstance(slope, torch.SymFloat):
             x, slope = x * slope, 1.0

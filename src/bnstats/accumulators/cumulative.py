@@ -6,7 +6,7 @@ from bnstats.accumulators.averaging import affine
 from bnstats.moments import Number, Weights
 
 
-def cumulative(num_values: Number, batch_values: int) -> Weights:
+def cumulative(num_values: Number, batch_values: Number) -> Weights:
     """Weigh a batch by its number of values: Chan's exact merge, ``Q = 1 / num_values``.
 
     Args:

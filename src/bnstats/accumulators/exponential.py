@@ -15,7 +15,7 @@ from bnstats.moments import Number, Weights
 def exponential(
     num_batches: Number,
     momentum: float,
-    batch_values: int = 0,
+    batch_values: Number = 0,
     *,
     debias: bool = True,
     pooled: bool = True,
@@ -38,7 +38,8 @@ def exponential(
         debias: take the initial state out.
         pooled: count the variance between the state's mean and the batch's.
     """
-    if isinstance(num_batches, Tensor) or torch.compiler.is_compiling():
+    on_device = isinstance(num_batches, Tensor) or isinstance(batch_values, Tensor)
+    if on_device or torch.compiler.is_compiling():
         return _weights(num_batches, momentum, batch_values, debias, pooled)
     # In a long training the weights are always the same.
     settled = 40 / max(momentum, 1e-30)
@@ -46,7 +47,7 @@ def exponential(
 
 
 def _weights(
-    num_batches: Number, momentum: float, batch_values: int, debias: bool, pooled: bool
+    num_batches: Number, momentum: float, batch_values: Number, debias: bool, pooled: bool
 ) -> Weights:
     q = 1 - momentum
     if momentum == 0:

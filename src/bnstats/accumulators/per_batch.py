@@ -6,7 +6,7 @@ from bnstats.accumulators.averaging import affine, separate
 from bnstats.moments import Number, Weights
 
 
-def per_batch(num_batches: Number, batch_values: int = 0, *, pooled: bool = False) -> Weights:
+def per_batch(num_batches: Number, batch_values: Number = 0, *, pooled: bool = False) -> Weights:
     """Weigh a batch by 1 / t, whatever its size; t counts it and the ``num_batches`` before it.
 
     With ``pooled=False`` it is Algorithm 2 of Ioffe and Szegedy (2015): the average of the

@@ -20,6 +20,7 @@ from bnstats.convert.families import (
     target_class,
     with_parametrizations,
 )
+from bnstats.distributed import is_group
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 from bnstats.layers.base import RunningStatsBatchNorm
 
@@ -54,9 +55,9 @@ class Change:
             if getattr(module, name, None) is None:
                 persistent = name not in donor._non_persistent_buffers_set
                 module.register_buffer(name, buffer, persistent)
+        module.__class__ = with_parametrizations(self.cls, module)
         for name in self.options:
             setattr(module, name, getattr(donor, name))
-        module.__class__ = with_parametrizations(self.cls, module)
         if isinstance(module, RunningStatsBatchNorm):
             module.adopt_statistics()
 
@@ -92,11 +93,23 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     }
     known = known_class(cls)
     assert known is not None
+    if known is nn.SyncBatchNorm or to != PLAIN:
+        options = {**_processes(module, to), **options}
     try:
         donor = known(module.num_features, **{**arguments, **options})
     except BnstatsError as error:
         raise type(error)(f"{where}: {error}") from None
     return Change(module, cls, donor, own_options(to) | options.keys())
+
+
+def _processes(module: _BatchNorm, to: str) -> dict[str, Any]:
+    """Return the option for the processes that a layer synchronizes over already."""
+    sync = getattr(module, "sync", None)
+    if isinstance(module, nn.SyncBatchNorm):
+        sync = module.process_group or True
+    if to == PLAIN:
+        return {"process_group": sync if is_group(sync) else None}
+    return {"sync": sync}
 
 
 def check_writable(where: str, tensor: Tensor | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,11 +21,11 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     """Make the BatchNorm layers of a model those of a family, in place.
 
     Served are torch's ``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, which becomes the family's base
-    class, and the layers of other families. They stay the same objects, with the same
-    Parameters and buffers, hooks, training flag, eps and momentum. Names and order of
-    sub-modules, parameters and state-dict keys do not change, but for the buffers that a family
-    adds. An optimizer built before goes on; so do DistributedDataParallel and torch.compile,
-    which are seen through.
+    class, synchronized over the same processes, and the layers of other families. They stay the
+    same objects, with the same Parameters and buffers, hooks, training flag, eps and momentum.
+    Names and order of sub-modules, parameters and state-dict keys do not change, but for the
+    buffers that a family adds. An optimizer built before goes on; so do
+    DistributedDataParallel and torch.compile, which are seen through.
 
     What the running statistics go on from:
 
@@ -52,9 +51,10 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
             others stay as they are. A layer in several places goes by the first one's name.
         **options: keyword-only arguments of the family's class (for ``"ema"`` ``debias`` and
             ``pooled``, for ``"moving_average"`` ``window`` and others), by default its
-            defaults; ``momentum``, by default each layer's own (small batches under
-            ``"moving_average"`` want 0.02); ``center=False`` for ``"moving_average"`` leaves
-            convolutions and linear layers as they are.
+            defaults; ``sync``, the processes to synchronize over, by default each layer's own;
+            ``momentum``, by default each layer's own (small batches under ``"moving_average"``
+            want 0.02); ``center=False`` for ``"moving_average"`` leaves convolutions and linear
+            layers as they are.
 
     Returns:
         The model.
@@ -70,8 +70,7 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
             the layer's name; the model is as before.
 
     Warns:
-        BnstatsWarning: there is nothing to convert; a SyncBatchNorm that does synchronize
-            becomes a layer that does not; a layer with a mean becomes one without.
+        BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without.
 
     Note:
         The author of a subclass can say what it becomes: a class method
@@ -122,8 +121,9 @@ def revert_batchnorm(model: M) -> M:
     takes the model then. All that conversion keeps is kept, and the model evaluates to the same
     bits. Centered layers become plain ones, their weights centered in place.
 
-    A family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, with
-    the process group that it came with. Layers that are not this package's stay as they are.
+    A family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, of the
+    same process group. A synchronized ``...2d`` layer becomes ``nn.BatchNorm2d``, which is not.
+    Layers that are not this package's stay as they are.
     What conversion changed on request is not undone: a ``momentum``, statistics about zero.
 
     Args:
@@ -192,16 +192,6 @@ def _warn(
     if not layers:
         chosen = "" if include is None else " that include chooses"
         warn(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")
-    unsynchronized = [
-        name
-        for name, layer in layers.items()
-        if isinstance(layer, nn.SyncBatchNorm) and _several_processes()
-    ]
-    if unsynchronized:
-        warn(
-            "these layers normalized by the batch of all processes, and will by each process's "
-            f"own: {_list(unsynchronized)}"
-        )
     with_mean = [
         name
         for name, layer in layers.items()
@@ -220,7 +210,3 @@ def _warn(
 
 def _list(names: list[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

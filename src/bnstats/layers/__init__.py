@@ -13,6 +13,7 @@ from bnstats.layers.cumulative import (
     CumulativeBatchNorm3d,
 )
 from bnstats.layers.ema import EMABatchNorm, EMABatchNorm1d, EMABatchNorm2d, EMABatchNorm3d
+from bnstats.layers.masked import masked
 from bnstats.layers.moving_average import (
     MovingAverageBatchNorm,
     MovingAverageBatchNorm1d,
@@ -37,4 +38,5 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "masked",
 ]

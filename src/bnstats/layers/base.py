@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidValueError
-from bnstats.layers import batch_norm_cpu, operators
+from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
-from bnstats.moments import Number, Weights, fold, fold_
-from bnstats.private import in_backward_pass, intercepted, on_host, unseen
+from bnstats.layers.batch import Batch, batch_variance
+from bnstats.layers.given_moments import by_definition, normalize_batch
+from bnstats.layers.replicas import Replicas
+from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
+from bnstats.masks import Mask
+from bnstats.private import in_backward_pass, intercepted, on_host, only_reverse_mode, unseen
 
-HALF = (torch.float16, torch.bfloat16)
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
-class RunningStatsBatchNorm(_BatchNorm):
-    """BatchNorm whose running statistics follow the core's recursion.
+class RunningStatsBatchNorm(TrackingBatchNorm):
+    """BatchNorm with running statistics of its own, in all else torch's.
 
-    A subclass says with :meth:`_weigh` how a batch is weighed. Evaluation normalizes by the
-    running statistics and training by the batch's own, as ``nn.BatchNorm`` does: with torch's
-    kernel, or where it is faster by :mod:`bnstats.layers.batch_norm_cpu`.
+    Evaluation normalizes by the running statistics and training by the batch's own, as
+    ``nn.BatchNorm`` does: with torch's kernel, or where it is faster by
+    :mod:`bnstats.layers.batch_norm_cpu`. A batch of some positions, or of several processes, is
+    normalized by :mod:`bnstats.layers.given_moments`.
     """
 
     _input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
 
-    _counters: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
-    """Buffers that count training forwards, or values; :meth:`_weigh` gets what they hold."""
+    _mask: Mask | None = None
+    """What :func:`bnstats.masked` has given the layer."""
 
-    _wide_buffers: ClassVar[tuple[str, ...]] = ()
-    """Buffers that keep their precision when the layer becomes half."""
-
-    num_batches_tracked: Tensor | None
+    _replicas: Replicas | None = None
 
     def __init__(
         self,
@@ -50,6 +49,7 @@ class RunningStatsBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: ProcessGroup | bool | None = None,
     ) -> None:
         name = type(self).__name__
         check_integer(name, "num_features", num_features, 1)
@@ -60,18 +60,17 @@ class RunningStatsBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
+        self.sync = sync
 
-    @abstractmethod
-    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
-        """Return the weights of a batch of so many values, for these counts before it."""
+    @property
+    def sync(self) -> ProcessGroup | bool | None:
+        """The processes whose batches count as one: a group, True for all, None for its own."""
+        return None if self._replicas is None else self._replicas.sync
 
-    def _increments(self, batch_values: int) -> tuple[int, ...]:  # noqa: ARG002
-        """Return by how much a batch moves each of the counters."""
-        return (1,)
-
-    def _forgets(self) -> bool:
-        """Whether a batch replaces all before it, so that counters of values start anew."""
-        return False
+    @sync.setter
+    def sync(self, sync: ProcessGroup | bool | None) -> None:
+        where = f"{type(self).__name__}: sync"
+        self._replicas = None if sync in (None, False) else Replicas(sync, where)
 
     def statistics_about_zero(self) -> bool:
         """Whether running_mean is always 0, and running_var about zero."""
@@ -104,18 +103,47 @@ class RunningStatsBatchNorm(_BatchNorm):
                 f"{self.num_features} channels in axis 1, got shape {tuple(input.shape)}"
             )
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize; in training also move the running statistics."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalize; in training also move the running statistics.
+
+        Args:
+            input: of shape (N, C, ...).
+            mask: boolean, of the input's shape without its channel axis, or broadcastable to
+                it; True for the positions whose values count. Every position is normalized.
+        """
         # A module finds its attributes slowly, and this is asked in every forward.
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        if mean is None or (self.training and not self.track_running_stats):
-            return super().forward(input)
-        self._check_input_dim(input)
-        if self.training:
-            return self._forward_training(input, mean)
-        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if not self.training and mean is not None:
+            self._check_input_dim(input)
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        batch = None
+        if mask is not None or self._mask is not None or self._replicas is not None:
+            batch = self._batch(input, mask)
+        if mean is not None and self.track_running_stats:
+            self._check_input_dim(input)
+            return self._forward_training(input, mean, batch)
+        return super().forward(input) if batch is None else self._forward_batch(input, batch)
 
-    def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
+    def _batch(self, input: Tensor, mask: Tensor | None) -> Batch | None:
+        """Return the positions and processes of a batch, or None for all of its own."""
+        replicas = self._replicas if self.training else None
+        if replicas is not None and replicas.alone:
+            replicas = None
+        where = f"{type(self).__name__}({self.num_features})"
+        given = self._mask if mask is None else Mask(mask, where=where)
+        if replicas is None:
+            self._check_input_dim(input)
+            return None if given is None else Batch(given.fit(input), where=given.where)
+        with replicas.failing_together(self.num_features, input.device):
+            self._check_input_dim(input)
+            valid = None if given is None else given.fit(input)
+        return Batch(valid, replicas, where)
+
+    def _forward_training(
+        self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
+    ) -> Tensor:
+        if batch is not None:
+            return self._forward_batch(input, batch, tracks=self.momentum != 0)
         count = input.numel() // self.num_features
         if count == 1:
             raise InvalidValueError(
@@ -153,112 +181,30 @@ class RunningStatsBatchNorm(_BatchNorm):
                 track(mean, var, count)
         return output.to(input.dtype)
 
-    def _state(self) -> tuple[Tensor, Tensor]:
-        """Return the buffers of the recursion, mean and variance."""
-        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
-        assert mean is not None and var is not None  # else forward does not come here
-        return mean, var
-
-    def _publish(self) -> None:
-        """Write the running statistics where the recursion has buffers of its own."""
-
-    def _track_on_host(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Fold a batch's mean and unbiased variance in, unless what comes of it is not finite."""
-        mean, var = state = self._state()  # first: it may find that others reset the counters
-        counters = [self._buffers[name] for name in self._counters]
-        counts = [math.inf if counter is None else int(counter) for counter in counters]
-        rounds = self._half_dtype()
-        if rounds is not None:  # half is too coarse for a step: it is taken on a copy
-            mean, var = _widened(mean), _widened(var)
-        if not fold_(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values)):
-            return
-        if rounds is not None:
-            if not math.isfinite(_largest_rounded(mean, var, rounds)):
-                return
-            for buffer, value in zip(state, (mean, var), strict=True):
-                buffer.copy_(value)
-        for index, by in enumerate(self._increments(batch_values)):
-            counter, count = counters[index], counts[index]
-            if counter is not None:
-                # At half the cost of adding.
-                counter.fill_(by if index and self._forgets() else count + by)
-        self._publish()
-
-    def _track_on_device(self, batch_mean: Tensor, batch_var: Tensor, batch_values: int) -> None:
-        """Do it by tensors alone: the host must not wait for the device."""
-        counters = [self._buffers[name] for name in self._counters]
-        counts = [math.inf if counter is None else counter for counter in counters]
-        state = self._state()
-        rounds = self._half_dtype()
-        mean, var = (x.float() if x.dtype in HALF else x for x in state)
-        new = fold(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values))
-        largest = new[1].max() if rounds is None else _largest_rounded(*new, rounds)
-        compiled = torch.compiler.is_compiling() and not operators.is_exporting()
-        counted = operators.counts(largest) if compiled else largest < torch.inf
-        for buffer, value in zip(state, new, strict=True):
-            _replace(buffer, counted, value)
-        for index, by in enumerate(self._increments(batch_values)):
-            if (counter := counters[index]) is None:
-                continue
-            if index and self._forgets():
-                _replace(counter, counted, torch.full_like(counter, by))
-            else:
-                counter.add_(counted, alpha=by)
-        self._publish()
-
-    def _half_dtype(self) -> torch.dtype | None:
-        """Return the dtype of the running statistics if it is a half one."""
-        mean = self._buffers["running_mean"]
-        return mean.dtype if mean is not None and mean.dtype in HALF else None
-
-    def _wide_dtype(self, running: Tensor) -> torch.dtype:
-        """Return the dtype of the wide buffers beside these running statistics."""
-        return torch.promote_types(running.dtype, torch.float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        order = list(self._buffers)
-        wide = {name: self._buffers.pop(name) for name in self._wide_buffers}
-        module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        running = self._buffers["running_mean"]
-        for name, buffer in wide.items():
-            if buffer is not None and running is not None:
-                # Before and after fn: a device may not have this dtype, half has too few digits.
-                source = buffer.to(self._wide_dtype(running))
-                buffer = fn(source)
-                if buffer.dtype != source.dtype:
-                    lost = source.is_meta and not buffer.is_meta
-                    buffer = (buffer if lost else source).to(buffer.device, source.dtype)
-            self._buffers[name] = buffer
-        for name in order:
-            self._buffers[name] = self._buffers.pop(name)
-        return module
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, *args)
-        for name in self._wide_buffers:  # assigned as the checkpoint has them
-            buffer, running = self._buffers[name], self._buffers["running_mean"]
-            if buffer is not None and running is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.to(self._wide_dtype(running))
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Return a copy in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-
-
-def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the largest of what is to be written, as it is in the dtype of the buffers."""
-    return torch.maximum(mean.to(dtype).abs().max(), var.to(dtype).max())
-
-
-def _replace(buffer: Tensor, counted: Tensor, value: Tensor) -> None:
-    """Write a value where a batch counted, in one operation where ``out=`` is taken."""
-    if value.dtype == buffer.dtype and not is_traced():
-        torch.where(counted, value, buffer, out=buffer)
-    else:
-        buffer.copy_(torch.where(counted, value, buffer))
-
-
-def is_traced() -> bool:
-    """Whether operators are recorded or transformed, which Python's decisions are not."""
-    return torch.compiler.is_compiling() or intercepted()
+    def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
+        """Normalize by the values that a mask leaves, and by those of other processes."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        dtype = input.dtype
+        if dtype in HALF:
+            dtype = torch.float32
+            weight = None if weight is None else weight.float()
+            bias = None if bias is None else bias.float()
+        if batch.replicas is None and (is_traced() or not only_reverse_mode()):
+            assert batch.mask is not None  # else there is nothing to be done here
+            output, count, mean, var = by_definition(input, weight, bias, self.eps, batch.mask)
+            mean, var = mean.detach(), var.detach()
+        else:
+            count, mean, m2 = batch.moments(input)
+            if on_host(count):
+                batch.check_count(input, int(count), 2)
+            mean, var = mean.to(dtype), batch_variance(m2, count).to(dtype)
+            output = normalize_batch(input, weight, bias, mean, var, self.eps, batch, count)
+        if tracks and not in_backward_pass():
+            with unseen():
+                unbiased = torch.where(count > 1, var * (count / (count - 1)), torch.nan)
+                if not on_host(count):
+                    self._track_on_device(mean, unbiased, count)
+                elif count > 0:
+                    self._track_on_host(mean, unbiased, int(count))
+        return output

@@ -7,12 +7,10 @@ given statistics do the rest.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bnstats.layers.given_moments import normalize
 from bnstats.private import only_reverse_mode
 from bnstats.reduction import SHORTEST_ROW, from_rows
 
@@ -61,32 +59,5 @@ def _by_given_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     mean, var = wide_mean.to(x.dtype), m2.div_(count).to(x.dtype)
-    output: Tensor = _Normalize.apply(x, weight, bias, mean, var, eps)  # type: ignore[no-untyped-call]
+    output = normalize(x, weight, bias, mean, var, eps)
     return output, mean, var * (count / (count - 1))
-
-
-class _Normalize(torch.autograd.Function):
-    """Batch norm with the statistics of x, which the gradient knows to depend on x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt_())
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        # The kernel of nn.BatchNorm, which has a derivative of its own.
-        grads = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse, True, ctx.eps, ctx.needs_input_grad[:3]
-        )
-        return *grads, None, None, None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bnstats.accumulators import cumulative, separate
-from bnstats.layers.base import RunningStatsBatchNorm, is_traced
+from bnstats.layers.base import RunningStatsBatchNorm
+from bnstats.layers.tracking import Count, is_traced
 from bnstats.layers.versions import Versions
 from bnstats.moments import Number, Weights
 from bnstats.reduction import wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class CumulativeBatchNorm(RunningStatsBatchNorm):
@@ -51,6 +55,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and running statistics.
         bias: with affine, learn a bias too.
+        sync: whose values make up a batch in training: None for this process alone, True for
+            all processes, or a process group. Without initialized processes there is only one.
 
     Attributes:
         num_values_tracked: the N above, int64.
@@ -99,9 +105,12 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: ProcessGroup | bool | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            sync=sync,
         )
         for name in ("num_values_tracked", *self._wide_buffers):
             self.register_buffer(name, None)
@@ -117,13 +126,13 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         exact = (x.to(wide, copy=True) for x in (mean, var))
         return {"num_values_tracked": counter, **dict(zip(self._wide_buffers, exact, strict=True))}
 
-    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
+    def _weigh(self, counts: Sequence[Number], batch_values: Number) -> Weights:
         if self._forgets():
             return separate(1)
         _, num_values = counts
         return cumulative(num_values, batch_values)
 
-    def _increments(self, batch_values: int) -> tuple[int, ...]:
+    def _increments(self, batch_values: Count) -> tuple[Count, ...]:
         return 1, batch_values
 
     def _forgets(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from torch import nn
 from bnstats.accumulators import exponential, per_batch
 from bnstats.layers.base import RunningStatsBatchNorm
 from bnstats.moments import Number, Weights
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EMABatchNorm(RunningStatsBatchNorm):
@@ -49,6 +52,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         bias: with affine, learn a bias too.
+        sync: whose values make up a batch in training: None for this process alone, True for
+            all processes, or a process group. Without initialized processes there is only one.
         debias: take the initial state out of the average.
         pooled: count the variance between batches.
 
@@ -88,16 +93,19 @@ class EMABatchNorm(RunningStatsBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: ProcessGroup | bool | None = None,
         debias: bool = True,
         pooled: bool = True,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            sync=sync,
         )
         self.debias = debias
         self.pooled = pooled
 
-    def _weigh(self, counts: Sequence[Number], batch_values: int) -> Weights:
+    def _weigh(self, counts: Sequence[Number], batch_values: Number) -> Weights:
         (num_batches,) = counts
         if self.momentum is None:
             return per_batch(num_batches, batch_values, pooled=self.pooled)

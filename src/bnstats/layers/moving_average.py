@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnstats.errors import InvalidValueError
 from bnstats.layers.arguments import check_integer, check_number
+from bnstats.layers.batch import Batch
 from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
 from bnstats.layers.moving_average_step import Options, take_step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MovingAverageBatchNorm(MovingAverageState):
@@ -63,6 +69,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         device: of parameters and buffers.
         dtype: of parameters and running statistics; windows are float32 or wider.
         bias: with affine, learn a bias too.
+        sync: whose values make up a batch in training: None for this process alone, True for
+            all processes, or a process group. Without initialized processes there is only one.
         window: m, the number of forwards that are averaged over, at least 1.
         warmup: forwards that are normalized by the batch's own statistics, at least 0.
         renorm_warmup: forwards before the running variance takes part, at least 0.
@@ -125,6 +133,7 @@ class MovingAverageBatchNorm(MovingAverageState):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        sync: ProcessGroup | bool | None = None,
         window: int = 16,
         warmup: int = 100,
         renorm_warmup: int = 1000,
@@ -140,7 +149,9 @@ class MovingAverageBatchNorm(MovingAverageState):
                 f"{name}: track_running_stats: expected True, got {track_running_stats}: the "
                 "windows are running statistics; nn.BatchNorm can do without"
             )
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias)
+        super().__init__(
+            *(num_features, eps, momentum, affine, True, device, dtype), bias=bias, sync=sync
+        )
         self.window = int(window)
         self.warmup = int(warmup)
         self.renorm_warmup = int(renorm_warmup)
@@ -153,12 +164,14 @@ class MovingAverageBatchNorm(MovingAverageState):
         var, ratio = self.window_scales.index_select(0, slot).squeeze(0).unbind()
         return torch.zeros_like(var), var, ratio
 
-    def _forward_training(self, input: Tensor, running_mean: Tensor) -> Tensor:
+    def _forward_training(
+        self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
+    ) -> Tensor:
         running_var = self._buffers["running_var"]
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         assert running_var is not None
-        if input.numel() == 0:
+        if input.numel() == 0 and (batch is None or batch.replicas is None):
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
         wide = self.window_mean_squares.dtype
@@ -170,12 +183,12 @@ class MovingAverageBatchNorm(MovingAverageState):
             bias = bias.to(wide)
         schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
         options = Options(self.eps, self.momentum, *schedule)
-        var, ratio, step = take_step(self._step_state(), input, options)
+        (var, ratio, step), count = take_step(self._step_state(), input, options, batch)
         gradients = (self.window_gradients, self.window_gradient_steps)
+        mask, replicas = (None, None) if batch is None else (batch.mask, batch.replicas)
         # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.
-        return normalize_about_zero(
-            input, weight, bias, var, ratio, self.eps, step, *gradients, self.warmup
-        )
+        scale = (var, ratio, self.eps, step, *gradients, self.warmup)
+        return normalize_about_zero(input, weight, bias, *scale, mask, count, replicas)
 
     def extra_repr(self) -> str:
         """Return the options, those that ``nn.BatchNorm`` lacks last."""

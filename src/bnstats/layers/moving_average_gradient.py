@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.layers.base import HALF
 from bnstats.layers.operators import opaque, register
+from bnstats.layers.tracking import HALF
 from bnstats.private import intercepted, on_host, only_reverse_mode
 
 _SMALLEST_FACTOR = 1e-20
@@ -43,7 +43,8 @@ def normalize_about_zero(*arguments: Any) -> Tensor:
 
     Args:
         arguments: x, weight, bias, var, ratio, eps; for the backward step, gradients,
-            gradient_steps, warmup. They are listed here for an autograd function takes no names.
+            gradient_steps, warmup; and of a batch that is not all of x and no more, mask, number
+            of values, replicas. They are listed here for an autograd function takes no names.
     """
     function = _Transformable if intercepted() else _AboutZero
     output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -65,8 +66,9 @@ def _normalize(
 
 def _keep(ctx: Any, *arguments: Any) -> None:
     """Keep what the backward needs."""
-    x, weight, _, var, ratio, ctx.eps, step, gradients, gradient_steps, ctx.warmup = arguments
-    ctx.save_for_backward(x, weight, var, ratio, step)
+    x, weight, _, var, ratio, ctx.eps, step, gradients, gradient_steps, ctx.warmup = arguments[:10]
+    mask, count, ctx.replicas = arguments[10:]
+    ctx.save_for_backward(x, weight, var, ratio, step, mask, count)
     # Not saved but held: other forwards may write to them before this backward does.
     ctx.gradients, ctx.gradient_steps = gradients, gradient_steps
     # Where a function transform is at work, each gradient is one of a graph.
@@ -87,19 +89,24 @@ class _AboutZero(torch.autograd.Function):
                 "is no derivative of its output, and has none itself; use evaluation mode or "
                 "nn.BatchNorm for second derivatives"
             )
-        x, weight, var, ratio, step = ctx.saved_tensors
+        x, weight, var, ratio, step, mask, count = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         factor = ratio if weight is None else weight * ratio
-        # The compiler has no rule for SyncBatchNorm's operators, and fuses on its own.
-        fused = _on_cuda if x.is_cuda and not torch.compiler.is_compiling() else _anywhere
-        grad_z, grad_bias, input_gradient = fused(grad, x, factor, var, ctx.eps)
+        # SyncBatchNorm's operators take no mask, and the compiler has no rule for them.
+        if x.is_cuda and mask is None and x.numel() and not torch.compiler.is_compiling():
+            grad_z, grad_bias, input_gradient = _on_cuda(grad, x, factor, var, ctx.eps)
+        else:
+            grad_z, grad_bias, input_gradient = _anywhere(grad, x, factor, var, ctx.eps, mask)
 
-        psi = (grad_z * factor).detach() / (x.numel() // x.shape[1])
+        psi = (grad_z * factor).detach()
+        if ctx.replicas is not None:
+            psi = ctx.replicas.sum(psi)
+        psi = psi / (x.numel() // x.shape[1] if count is None else count.clamp(min=1))
         add = opaque(_OPERATOR, _add_gradient)
         mean = add(ctx.gradients, ctx.gradient_steps, step, psi, ctx.warmup)
         grad_x = input_gradient(mean) if needs_x else None
         grad_weight = grad_z * ratio if needs_weight else None
-        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 7
+        return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 10
 
 
 class _Transformable(_AboutZero):
@@ -162,9 +169,13 @@ Fused: TypeAlias = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]
 """Per channel ``sum(grad z)`` and ``sum(grad)``, and the function from Psi to grad_x."""
 
 
-def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) -> Fused:
+def _anywhere(
+    grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float, mask: Tensor | None
+) -> Fused:
     """Use the backward of evaluation-mode batch norm: the sums and ``g / sqrt(var + eps)``."""
     zeros = torch.zeros_like(var)
+    if x.numel() == 0:  # a share of no values, which the kernel does not take
+        return zeros, zeros, lambda _: torch.zeros_like(x)
     # Evaluation mode does not read what training saves, but torch.vmap's rule asks for it. It has
     # no rule for addcmul_.
     transformed, dtype = intercepted(), grad.dtype
@@ -178,7 +189,8 @@ def _anywhere(grad: Tensor, x: Tensor, factor: Tensor, var: Tensor, eps: float) 
     def input_gradient(mean: Tensor) -> Tensor:
         factor_z = (mean / (var + eps)).view(-1, *[1] * (x.dim() - 2))
         add = torch.addcmul if transformed else Tensor.addcmul_
-        return add(partial, x, factor_z, value=-1).to(dtype)
+        own = x if mask is None else torch.where(mask, x, 0)  # others have no part in the variance
+        return add(partial, own, factor_z, value=-1).to(dtype)
 
     return grad_z, grad_bias, input_gradient
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
+from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.moving_average_recall import Scale, recall_if_repeated
 from bnstats.layers.operators import opaque, register
 from bnstats.moments import Number
@@ -62,22 +63,31 @@ class State(NamedTuple):
     num_steps: Tensor
 
 
-def take_step(state: State, x: Tensor, options: Options) -> Scale:
-    """Take a batch in, and return what it is normalized with.
+def take_step(
+    state: State, x: Tensor, options: Options, batch: Batch | None = None
+) -> tuple[Scale, Tensor | None]:
+    """Take a batch in; return what it is normalized with, and its number of values if not x's own.
 
     A batch that is not finite, or would make the state so, is normalized by itself and does not
     count. With momentum 0 nothing moves. A forward that runs inside a backward pass is one that
     activation checkpointing runs again: it gets what it got the first time, and moves nothing.
     """
     x, dtype = x.detach(), state.mean_squares.dtype
-    if on_host(x) and not in_backward_pass():
-        return _take_step_on_host(state, mean_square_on_host(x), options)
+    if batch is None and on_host(x) and not in_backward_pass():
+        return _take_step_on_host(state, mean_square_on_host(x), options), None
+    count = None
+    if batch is not None:
+        count, _, squares = batch.moments(x, about_zero=True)
+        if on_host(count):
+            batch.check_count(x, int(count), 1)
+        chi = batch_variance(squares, count).to(dtype)
     with unseen():
-        chi = mean_square(x).to(dtype)
+        if batch is None:
+            chi = mean_square(x).to(dtype)
         if torch.compiler.is_compiling():
-            return _take_step_on_device(state, chi, options)
+            return _take_step_on_device(state, chi, options), count
         step = opaque(_STEP, _take_step)
-        return Scale(*step(*state, chi, *options))
+        return Scale(*step(*state, chi, *options)), count
 
 
 def _take_step(

@@ -1,0 +1,174 @@
+"""The processes that share a layer's batch: one exchange in a forward, one in its backward."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bnstats.distributed import Peers, is_group
+from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
+from bnstats.layers.operators import opaque, register
+from bnstats.private import in_backward_pass, on_host, unseen
+from bnstats.reduction import wide_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_REMEMBERED = 16
+"""Forwards whose exchanges are kept for activation checkpointing, which runs them again."""
+
+_SAME_BATCH = 0.01
+"""Relative distance up to which two messages can be one batch's, computed twice."""
+
+_KEYS = itertools.count()
+_LIVING: WeakValueDictionary[int, Replicas] = WeakValueDictionary()
+
+
+class Replicas:
+    """What a ``sync`` option means, and what its processes sent each other lately.
+
+    A copy has the same processes and remembers nothing. Without initialized processes, or with
+    one alone, there is nobody to exchange with.
+
+    Args:
+        sync: True for all processes, or a group.
+        where: names the option in messages.
+    """
+
+    def __init__(self, sync: ProcessGroup | bool, where: str = "sync") -> None:
+        _check_sync(sync, where)
+        self.sync: ProcessGroup | bool = sync
+        self._group = None if isinstance(sync, bool) else sync
+        self.key = next(_KEYS)
+        _LIVING[self.key] = self
+        self._exchanges: deque[tuple[Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        return Replicas(self.sync)  # a process group cannot be copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.sync is not True:
+            raise InvalidTypeError(
+                "sync: a layer that is synchronized over a process group cannot be pickled, "
+                "groups are those of one run; save its state_dict, or use sync=True"
+            )
+        return Replicas, (True,)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to exchange with."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return True
+        return self._peers().size == 1
+
+    def _peers(self) -> Peers:
+        return Peers(self._group)
+
+    def gather(self, message: Tensor) -> Tensor:
+        """Return the messages of all, stacked in rank order.
+
+        A forward that activation checkpointing runs again finds what came the first time: the
+        others need not run theirs again.
+
+        Raises:
+            PeerError: another process sent that it failed; where the host does not wait for the
+                device, NaN comes of it.
+            InvalidValueError: the forward to be run again is too long ago.
+        """
+        with unseen():
+            messages: Tensor = opaque(_GATHER, _gather)(message, self.key)
+        return messages
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        with unseen():
+            total: Tensor = opaque(_SUM, _sum)(x, self.key)
+        return total
+
+    @contextmanager
+    def failing_together(self, channels: int, device: torch.device) -> Iterator[None]:
+        """Send an error inside the context to the others, who wait for this process's moments."""
+        try:
+            yield
+        except Exception:
+            if not self.alone and not in_backward_pass():
+                size, dtype = 1 + 2 * channels, wide_dtype(device)
+                self._peers().all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
+            raise
+
+    def exchange(self, message: Tensor) -> Tensor:
+        """Send a message and receive the others', or find those of a forward that is repeated."""
+        if in_backward_pass():
+            return self._recall(message)
+        messages = self._peers().all_gather(message)
+        if on_host(messages):
+            failed = messages[:, 0].isnan().nonzero().flatten().tolist()
+            if failed:
+                raise PeerError(
+                    f"the forward failed in the process of rank {', '.join(map(str, failed))} "
+                    "of a synchronized layer's group (see its own error)"
+                )
+        # Copies: compiled code may reuse the memory of both.
+        self._exchanges.append((message.clone(), messages.clone()))
+        return messages
+
+    def total(self, x: Tensor) -> Tensor:
+        """Add up over the processes, in rank order: the same bits for all."""
+        return self._peers().all_gather(x).sum(0)
+
+    def _recall(self, message: Tensor) -> Tensor:
+        """Find the latest exchange of this message; nothing else tells a forward apart."""
+        known = [pair for pair in reversed(self._exchanges) if pair[0].shape == message.shape]
+        if known:
+            sent = torch.stack([own for own, _ in known])
+            distance = torch.linalg.vector_norm(sent - message, dim=1)
+            index = distance.nan_to_num(nan=torch.inf).argmin().view(1)
+            found = distance[index] <= _SAME_BATCH * torch.linalg.vector_norm(message)
+            received = torch.stack([messages for _, messages in known])
+            if not on_host(message) or found or not message.isfinite().all():
+                messages = received.index_select(0, index).squeeze(0)
+                return torch.where(found, messages, torch.nan)
+        raise InvalidValueError(
+            "sync: a training forward inside a backward pass is taken for one that activation "
+            f"checkpointing runs again, but none of the last {_REMEMBERED} had this input: run "
+            f"backward at most {_REMEMBERED} forwards later"
+        )
+
+
+def _check_sync(sync: Any, where: str) -> None:
+    if sync is True or is_group(sync):
+        return
+    if isinstance(sync, int) and not isinstance(sync, bool):  # new_group's result for others
+        raise InvalidValueError(f"{where}: this process is not a member of the group")
+    raise InvalidTypeError(
+        f"{where}: expected None, True or a process group, got {type(sync).__name__}"
+    )
+
+
+def _gather(message: Tensor, key: int) -> Tensor:
+    return _LIVING[key].exchange(message)
+
+
+def _gathered(message: Tensor, key: int) -> Tensor:
+    return message.new_empty(_LIVING[key]._peers().size, *message.shape)
+
+
+def _sum(x: Tensor, key: int) -> Tensor:
+    return _LIVING[key].total(x)
+
+
+def _summed(x: Tensor, key: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x)
+
+
+# Operators, since nothing that traces or transforms knows a collective from arithmetic.
+_GATHER = register("gather_moments", _gather, _gathered)
+_SUM = register("sum_over_replicas", _sum, _summed)

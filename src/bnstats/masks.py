@@ -1,0 +1,118 @@
+"""Masks over the positions of a batch, at the size that a layer's input has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnstats.errors import InvalidTypeError, InvalidValueError
+
+Downsample: TypeAlias = "Literal['any', 'all'] | Callable[[Tensor, torch.Size], Tensor] | None"
+"""How a mask follows to fewer positions; None: it does not."""
+
+
+class Mask(NamedTuple):
+    """A mask for one layer.
+
+    Attributes:
+        valid: boolean, of the shape of some layer's input without its channel axis, or
+            broadcastable to it; True for positions that count.
+        downsample: for inputs with fewer positions.
+        where: names the layer, or the argument, in messages.
+    """
+
+    valid: Tensor
+    downsample: Downsample = None
+    where: str = "mask"
+
+    def fit(self, x: Tensor) -> Tensor:
+        """Return the mask for an input of shape (N, C, ...): broadcastable to it, C being 1.
+
+        Raises:
+            InvalidTypeError: not a boolean tensor.
+            InvalidValueError: it does not fit, or lies on another device.
+        """
+        check_mask(self.valid, self.where)
+        if self.valid.device != x.device:
+            raise InvalidValueError(
+                f"{self.where}: expected a mask on the input's device {x.device}, got one on "
+                f"{self.valid.device}"
+            )
+        positions = (x.shape[0], *x.shape[2:])
+        valid = self.valid
+        if not _broadcasts(valid.shape, positions):
+            valid = self._downsampled(torch.Size(positions[1:]), positions)
+        return valid.reshape(*[1] * (len(positions) - valid.dim()), *valid.shape).unsqueeze(1)
+
+    def _downsampled(self, size: torch.Size, positions: Sequence[int]) -> Tensor:
+        valid, downsample = self.valid, self.downsample
+        message = (
+            f"{self.where}: expected a mask that broadcasts to {tuple(positions)}, the input's "
+            f"shape without its channel axis, got {tuple(valid.shape)}"
+        )
+        if callable(downsample):
+            valid = downsample(valid, size)
+            check_mask(valid, f"{self.where}: downsample's result")
+        elif not _can_shrink(valid.shape, positions):
+            raise InvalidValueError(message)
+        elif downsample is not None:
+            valid = _shrink(valid, size, every=downsample == "all")
+        elif valid.shape[1:].numel() == 1:  # nothing to choose between
+            valid = valid.reshape(-1, *[1] * len(size))
+        else:
+            raise InvalidValueError(
+                f"{message}: pass downsample='any', 'all' or a function (mask, size) -> mask"
+            )
+        if not _broadcasts(valid.shape, positions):
+            raise InvalidValueError(f"{message}, and {tuple(valid.shape)} from downsample")
+        return valid
+
+
+def check_mask(mask: Any, where: str) -> None:
+    """Refuse what is no boolean tensor; ``where`` begins the message."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise InvalidTypeError(f"{where}: expected a mask of torch.bool, got {got}")
+
+
+def check_downsample(downsample: Any) -> None:
+    """Refuse what is no way to downsample."""
+    if downsample is not None and downsample not in ("any", "all") and not callable(downsample):
+        raise InvalidValueError(
+            "downsample: expected None, 'any', 'all' or a function (mask, size) -> mask, got "
+            f"{downsample!r}"
+        )
+
+
+def _broadcasts(shape: Sequence[int], positions: Sequence[int]) -> bool:
+    if len(shape) > len(positions):
+        return False
+    pairs = zip(reversed(shape), reversed(positions), strict=False)
+    return all(own in (1, theirs) for own, theirs in pairs)
+
+
+def _can_shrink(shape: Sequence[int], positions: Sequence[int]) -> bool:
+    """Whether there are as many samples, and no more positions on any axis than in the mask."""
+    if not shape or shape[0] not in (1, positions[0]):
+        return False
+    own, size = shape[1:], positions[1:]
+    if not size:  # one value for each sample: an average over all positions came before
+        return True
+    return len(own) == len(size) and all(a == 1 or a >= b for a, b in zip(own, size, strict=True))
+
+
+def _shrink(valid: Tensor, size: torch.Size, *, every: bool) -> Tensor:
+    """Ask of each block of positions whether any, or every one, is valid."""
+    valid = ~valid if every else valid
+    if not size:
+        shrunk = valid.flatten(1).any(1)
+    else:
+        pool = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
+        fewer = [min(pair) for pair in zip(valid.shape[1:], size, strict=True)]
+        pooled: Tensor = pool[len(size) - 1](valid.unsqueeze(1).float(), fewer)
+        shrunk = pooled.squeeze(1) > 0
+    return ~shrunk if every else shrunk
