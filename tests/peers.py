@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
+import replicated_layers
 import sharded_layers
 from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
 
@@ -378,6 +379,7 @@ def statistics_in_dtensors_are_refused(rank, world):
 
 
 SCENARIOS = {
+    **replicated_layers.SCENARIOS,
     **sharded_layers.SCENARIOS,
     **{
         f"{scenario.__name__}[{m}]": scenario(m)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
 
@@ -70,6 +70,15 @@ class Mask(NamedTuple):
         if not _broadcasts(valid.shape, positions):
             raise InvalidValueError(f"{message}, and {tuple(valid.shape)} from downsample")
         return valid
+
+
+def given_mask(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mask | None:
+    """Return the mask that a forward of a layer is called with, or was given before."""
+    mask = args[1] if len(args) > 1 else kwargs.get("mask")
+    if mask is not None:
+        return Mask(mask, where=f"{type(module).__name__}: mask")
+    given: Mask | None = getattr(module, "_mask", None)
+    return given
 
 
 def check_mask(mask: Any, where: str) -> None:

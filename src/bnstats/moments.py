@@ -112,10 +112,9 @@ def merge_all(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, 
 
     Chan's update for all at once: what is within each, and between their means.
     """
-    total = count.sum()
-    share = (count / total.clamp(min=1)).to(mean.dtype).unsqueeze(1)
-    merged = (share * mean).sum(0)  # of no values the mean is 0, and the share too
-    between = (mean - merged).square() * count.to(mean.dtype).unsqueeze(1)
+    total, size = count.sum(), count.to(mean.dtype).unsqueeze(1)
+    merged = (size / total.clamp(min=1) * mean).sum(0)  # of no values the mean is 0
+    between = size * (mean - merged).square()
     return total, merged, (m2 + between).sum(0)
 
 

@@ -73,7 +73,7 @@ def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
     deviations = torch.where(mask, x - about.view(-1, *[1] * (x.dim() - 2)), 0)
     mean = _sum(deviations) / count.clamp(min=1)  # of what rounding has left
     m2 = _sum_of_squares(deviations) - count * mean.square()
-    return count, mean + about.to(wide), m2.clamp_(min=0)
+    return count, mean + about.to(wide), m2.clamp(min=0)
 
 
 def count_positions(mask: Tensor, x: Tensor) -> Tensor:

@@ -148,8 +148,8 @@ def _keyword_only(cls: type) -> set[str]:
 @cache
 def _additions(family: str | None) -> frozenset[str]:
     """Name the attributes and buffers that a family's layers have beyond torch's."""
-    if family is None or family == PLAIN:  # SyncBatchNorm's process group stays, for the way back
-        return frozenset()
+    if family is None or family == PLAIN:
+        return frozenset({"process_group"})  # SyncBatchNorm's, which sync stands for elsewhere
     layer, plain = FAMILIES[family][0](1), nn.BatchNorm1d(1)
     own = {*vars(layer), *layer._buffers} - {*vars(plain), *plain._buffers}
     return frozenset(own)

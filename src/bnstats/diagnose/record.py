@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
+from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
-from bnstats.reduction import mean_and_m2
+from bnstats.reduction import count_positions, masked_mean_and_m2, mean_and_m2
 from bnstats.traversal import check_materialized, named_layers
 
 
@@ -131,7 +132,8 @@ def record_batch_stats(
     Four statistics of a batch take part in batch normalization: its mean and variance in the
     forward, ``g = E[dL/dy]`` and ``Psi = E[y dL/dy]`` in the backward. How much they jump from
     batch to batch is what small batches do harm by: this is the tool behind Figure 2 of the
-    MABN paper. Every training forward of a layer is an iteration. Under activation
+    MABN paper. Under a mask they are those of the valid positions. Every training forward of a
+    layer is an iteration. Under activation
     checkpointing a forward counts once.
 
     It keeps 4 float64 numbers per channel and iteration on the layer's device, and each layer's
@@ -210,8 +212,10 @@ def _observe(
     x: Tensor = args[0] if args else kwargs["input"]
     if not layer.training or x.numel() == 0:
         return
+    given = given_mask(layer, args, kwargs)
+    valid = None if given is None else given.fit(x)
     if not in_backward_pass():
-        row = _Iteration(_normalization(layer, x))
+        row = _Iteration(_normalization(layer, x, valid))
         record.iterations.append(row)
         if not output.requires_grad:
             # A checkpointed forward, whose gradient comes to the one that runs again.
@@ -224,7 +228,7 @@ def _observe(
     weight = None if layer.weight is None else layer.weight.detach()
     # x is saved by the layer for its own backward: it is still what it was by then. The output
     # may have been overwritten by an activation in place.
-    output.register_hook(partial(_take_gradient, row, layer.eps, weight, x.detach()))
+    output.register_hook(partial(_take_gradient, row, layer.eps, weight, x.detach(), valid))
 
 
 def _pop_same(awaiting: list[tuple[Tensor, _Iteration]], mean: Tensor) -> _Iteration:
@@ -233,17 +237,25 @@ def _pop_same(awaiting: list[tuple[Tensor, _Iteration]], mean: Tensor) -> _Itera
     return awaiting.pop(len(awaiting) - 1 - int(distances.argmin()))[1]
 
 
-def _normalization(layer: _BatchNorm, x: Tensor) -> Normalization:
+def _normalization(layer: _BatchNorm, x: Tensor, valid: Tensor | None) -> Normalization:
     says = getattr(layer, "last_normalization", None)
     if says is not None:
         return Normalization(*says())
-    mean, m2 = mean_and_m2(x.detach())
-    return Normalization(mean, m2 / (x.numel() // x.shape[1]), torch.ones_like(mean))
+    if valid is None:
+        mean, m2 = mean_and_m2(x.detach())
+        return Normalization(mean, m2 / (x.numel() // x.shape[1]), torch.ones_like(mean))
+    count, mean, m2 = masked_mean_and_m2(x.detach(), valid)
+    return Normalization(mean, m2 / count, torch.ones_like(mean))
 
 
 @torch.no_grad()
 def _take_gradient(
-    row: _Iteration, eps: float, weight: Tensor | None, x: Tensor, gradient: Tensor
+    row: _Iteration,
+    eps: float,
+    weight: Tensor | None,
+    x: Tensor,
+    valid: Tensor | None,
+    gradient: Tensor,
 ) -> None:
     """Average ``dL/dy`` and ``y dL/dy``, where ``dL/dy = weight dL/d output``."""
     mean, var, ratio = row.normalization
@@ -251,9 +263,12 @@ def _take_gradient(
     shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
     wide = torch.promote_types(x.dtype, torch.float32)
     gradient = gradient.to(wide)
+    count: int | Tensor = x.numel() // x.shape[1]
+    if valid is not None:
+        gradient, count = torch.where(valid, gradient, 0), count_positions(valid, x)
     centered = x.to(wide) - mean.to(wide).view(shape)
     scale = torch.ones_like(mean) if weight is None else weight.to(mean)
     # Several backwards through one forward add up.
-    row.g = row.g.nan_to_num(0) + scale * gradient.mean(axes)
-    psi = scale * ratio * (var + eps).rsqrt() * centered.mul_(gradient).mean(axes)
+    row.g = row.g.nan_to_num(0) + scale * gradient.sum(axes) / count
+    psi = scale * ratio * (var + eps).rsqrt() * centered.mul_(gradient).sum(axes) / count
     row.psi = row.psi.nan_to_num(0) + psi

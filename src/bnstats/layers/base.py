@@ -202,7 +202,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             output = normalize_batch(input, weight, bias, mean, var, self.eps, batch, count)
         if tracks and not in_backward_pass():
             with unseen():
-                unbiased = torch.where(count > 1, var * (count / (count - 1)), torch.nan)
+                unbiased = torch.where(count > 1, var * count / (count - 1), torch.nan)
                 if not on_host(count):
                     self._track_on_device(mean, unbiased, count)
                 elif count > 0:

@@ -83,11 +83,12 @@ class TrackingBatchNorm(WideBuffersBatchNorm):
         counts: list[Number] = [
             math.inf if x is None else x.double() if wide else x for x in counters
         ]
+        n: Number = batch_values
         if isinstance(batch_values, Tensor):
-            batch_values = batch_values.to(torch.float64 if wide else torch.float32)
+            n = batch_values.to(torch.float64 if wide else torch.float32)
         rounds = self._half_dtype()
         mean, var = (x.float() if x.dtype in HALF else x for x in state)
-        new = fold(mean, var, batch_mean, batch_var, self._weigh(counts, batch_values))
+        new = fold(mean, var, batch_mean, batch_var, self._weigh(counts, n))
         largest = new[1].max() if rounds is None else _largest_rounded(*new, rounds)
         compiled = torch.compiler.is_compiling() and not operators.is_exporting()
         counted = operators.counts(largest) if compiled else largest < torch.inf

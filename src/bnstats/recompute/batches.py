@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
+from bnstats.masks import Downsample, Mask, check_mask
+from bnstats.recompute.observer import use_mask
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch."""
@@ -141,6 +143,31 @@ def move_to(batch: Any, device: torch.device | str | None) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(move_to(value, device) for value in batch)
     return batch
+
+
+class MaskedForward:
+    """Runs a forward under the mask of its batch.
+
+    Args:
+        forward: from a batch to a forward of the model.
+        mask: from a batch to its mask.
+        downsample: how the mask follows to fewer positions.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Any], Any],
+        mask: Callable[[Any], Tensor],
+        downsample: Downsample,
+    ) -> None:
+        self._forward, self._mask, self._downsample = forward, mask, downsample
+
+    def __call__(self, batch: Any) -> None:
+        """Run the model on a batch."""
+        mask = self._mask(batch)
+        check_mask(mask, "mask: the function's result")
+        with use_mask(Mask(mask, self._downsample)):
+            self._forward(batch)
 
 
 class DefaultForward:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments
-from bnstats.reduction import mean_and_m2
+from bnstats.reduction import masked_mean_and_m2, mean_and_m2
 from bnstats.traversal import num_features
 
 
@@ -87,9 +89,18 @@ class ObservedLayer:
         return num_features(self.module)
 
     def moments_of(self, input: Tensor) -> LayerMoments:
-        """Return the moments of an input, about zero where the layer wants them so."""
-        mean, m2 = mean_and_m2(input.detach())
-        count = input.numel() // mean.numel()
+        """Return the moments of an input, about zero where the layer wants them so.
+
+        Under a mask, they are those of the valid positions.
+        """
+        mask = _MASK.get()
+        if mask is None:
+            mean, m2 = mean_and_m2(input.detach())
+            count = input.numel() // mean.numel()
+        else:
+            valid = mask._replace(where=f"mask: layer '{self.name}'").fit(input)
+            valid_values, mean, m2 = masked_mean_and_m2(input.detach(), valid)
+            count = int(valid_values)
         if self.about_zero:
             return LayerMoments(count, torch.zeros_like(mean), m2.addcmul_(mean, mean, value=count))
         return LayerMoments(count, mean, m2)
@@ -110,6 +121,19 @@ class ObservedLayer:
 
 OnInput = Callable[[ObservedLayer, Tensor], None]
 """Called with a layer and its input before the layer runs."""
+
+# Of this thread's forward: several may run side by side.
+_MASK: ContextVar[Mask | None] = ContextVar("mask", default=None)
+
+
+@contextmanager
+def use_mask(mask: Mask | None) -> Iterator[None]:
+    """Let the valid positions alone count in the inputs that this thread's forwards observe."""
+    token = _MASK.set(mask)
+    try:
+        yield
+    finally:
+        _MASK.reset(token)
 
 
 @contextmanager
@@ -146,11 +170,13 @@ def observed(
 def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
     channels = layer.num_features
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
         # What the layer cannot take, it refuses itself, in its own words.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:
-            on_input(layer, x)
+            given = given_mask(module, args, kwargs)
+            with nullcontext() if given is None else use_mask(given):
+                on_input(layer, x)
 
     return hook
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
+from bnstats.masks import Downsample
 from bnstats.recompute.batches import Forward
 from bnstats.recompute.collector import one_pass
 from bnstats.recompute.drift import compare
 from bnstats.recompute.estimators import Pooled, averaged, moving_average
 from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
+from bnstats.recompute.options import Options
 from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
 from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import Method, Options, prepare
+from bnstats.recompute.task import Method, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
 METHODS = {
@@ -54,6 +56,8 @@ def recompute_population_stats(
     sync: Sync = None,
     progress: bool = False,
     memory_limit: int | None = None,
+    mask: Callable[[Any], Tensor] | None = None,
+    downsample: Downsample = None,
 ) -> Recalibration:
     """Replace running statistics by the population statistics of the loader's data.
 
@@ -127,6 +131,11 @@ def recompute_population_stats(
         progress: show a progress bar.
         memory_limit: for ``"layerwise"``, how many bytes the inputs that wait at layers may
             take in this process; what the model keeps beside them is not counted.
+        mask: ``mask(batch)``, for a batch on the device, returns a boolean tensor, True for the
+            positions whose values count; of the shape of the layers' inputs without their
+            channel axis, or broadcastable to it.
+        downsample: for layers with fewer positions than the mask: ``"any"``, ``"all"`` or a
+            function, see :func:`bnstats.masked`; None: such a layer is an error.
 
     Returns:
         What was before and is after, how far it moved, and ``undo()``. Printed, it is a table.
@@ -171,6 +180,8 @@ def recompute_population_stats(
         sync=sync,
         progress=progress,
         memory_limit=memory_limit,
+        mask=mask,
+        downsample=downsample,
     )
     with Interrupts() as interrupts:
         after, peers = _measure(model, loader, options, interrupts)
@@ -207,6 +218,8 @@ def measure_population_stats(
     sync: Sync = None,
     progress: bool = False,
     memory_limit: int | None = None,
+    mask: Callable[[Any], Tensor] | None = None,
+    downsample: Downsample = None,
 ) -> PopulationStats:
     """Measure the population statistics of the loader's data, and write nothing.
 
@@ -232,6 +245,8 @@ def measure_population_stats(
         sync=sync,
         progress=progress,
         memory_limit=memory_limit,
+        mask=mask,
+        downsample=downsample,
     )
     with Interrupts() as interrupts:
         return _measure(model, loader, options, interrupts)[0]

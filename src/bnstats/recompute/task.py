@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
-from bnstats.distributed import Peers, Sync, communicates, is_dtensor
+from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.interrupts import Interrupts
-from bnstats.recompute.batches import DefaultForward, Forward, Reader, default_device
+from bnstats.recompute.batches import (
+    DefaultForward,
+    MaskedForward,
+    Reader,
+    default_device,
+)
 from bnstats.recompute.estimators import Estimator
 from bnstats.recompute.observer import ObservedLayer
+from bnstats.recompute.options import Options, check_options
 from bnstats.recompute.population import PopulationStats
 from bnstats.reduction import wide_dtype
-from bnstats.traversal import Include, named_batchnorms, unwrap
+from bnstats.traversal import named_batchnorms, unwrap
 
 
 @dataclass(frozen=True)
@@ -43,23 +48,6 @@ class Method:
     rereads: bool = False
     holds_inputs: bool = False
     merges: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
-
-    method: str
-    forward: Forward | None
-    device: torch.device | str | None
-    max_batches: int | None
-    tolerance: float | None
-    include: Include | None
-    correction: int
-    on_nonfinite: str
-    sync: Sync
-    progress: bool
-    memory_limit: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,51 +163,34 @@ def prepare(
 ) -> Task:
     """Return the task that the caller means, all of it checked."""
     inner = unwrap(model)
-    check_options(method, options)
+    check_options(options)
+    if options.memory_limit is not None and not method.holds_inputs:
+        raise InvalidValueError(
+            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
+        )
     check_loader(loader, method)
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, options.include)
     frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
     chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
     check_sharding(inner, chosen, method)
-    forward = options.forward
+    forward: Callable[[Any], Any] = (
+        DefaultForward(inner) if options.forward is None else partial(options.forward, inner)
+    )
+    if options.mask is not None:
+        forward = MaskedForward(forward, options.mask, options.downsample)
     return Task(
         model=inner,
         layers=chosen,
         frozen=frozen,
         loader=loader,
-        forward=DefaultForward(inner) if forward is None else partial(forward, inner),
+        forward=forward,
         device=default_device(inner) if options.device is None else options.device,
         method=method,
         options=options,
         peers=peers,
         interrupts=interrupts,
     )
-
-
-def check_options(method: Method, options: Options) -> None:
-    """Refuse what is not in the documentation."""
-    _check_positive_int("max_batches", options.max_batches)
-    _check_positive_int("memory_limit", options.memory_limit)
-    if options.memory_limit is not None and not method.holds_inputs:
-        raise InvalidValueError(
-            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
-        )
-    _check_tolerance(options.tolerance)
-    if options.correction not in (0, 1):
-        raise InvalidValueError(
-            f"correction: expected 1 (unbiased variance) or 0 (biased), got {options.correction!r}"
-        )
-    if options.on_nonfinite not in ("raise", "skip"):
-        raise InvalidValueError(
-            f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
-        )
-    for argument in ("forward", "include"):
-        function = getattr(options, argument)
-        if function is not None and not callable(function):
-            raise InvalidTypeError(
-                f"{argument}: expected a callable or None, got {type(function).__name__}"
-            )
 
 
 def check_loader(loader: object, method: Method) -> None:
@@ -272,27 +243,4 @@ def check_mergeable(method: Method, peers: Peers) -> None:
         raise InvalidValueError(
             'sync: moving averages of several processes do not merge; method="pooled" and '
             '"batch_average" do, and sync=False keeps to this process'
-        )
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
-    if value < 1:
-        raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
-
-
-def _check_tolerance(tolerance: Any) -> None:
-    if tolerance is None:
-        return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise InvalidTypeError(
-            f"tolerance: expected a number or None, got {type(tolerance).__name__}"
-        )
-    if not 0 < tolerance < math.inf:
-        raise InvalidValueError(
-            "tolerance: expected a positive number, the largest standard error that will do "
-            f"(in standard deviations, and relative for variances), got {tolerance}"
         )

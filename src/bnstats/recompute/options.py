@@ -1,0 +1,82 @@
+"""The options of a measurement, and what is refused of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnstats.distributed import Sync
+from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.masks import Downsample, check_downsample
+from bnstats.recompute.batches import Forward
+from bnstats.traversal import Include
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
+
+    method: str
+    forward: Forward | None
+    device: torch.device | str | None
+    max_batches: int | None
+    tolerance: float | None
+    include: Include | None
+    correction: int
+    on_nonfinite: str
+    sync: Sync
+    progress: bool
+    memory_limit: int | None
+    mask: Callable[[Any], Tensor] | None
+    downsample: Downsample
+
+
+def check_options(options: Options) -> None:
+    """Refuse what is not in the documentation."""
+    _check_positive_int("max_batches", options.max_batches)
+    _check_positive_int("memory_limit", options.memory_limit)
+    _check_tolerance(options.tolerance)
+    if options.correction not in (0, 1):
+        raise InvalidValueError(
+            f"correction: expected 1 (unbiased variance) or 0 (biased), got {options.correction!r}"
+        )
+    if options.on_nonfinite not in ("raise", "skip"):
+        raise InvalidValueError(
+            f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
+        )
+    for argument in ("forward", "include", "mask"):
+        function = getattr(options, argument)
+        if function is not None and not callable(function):
+            raise InvalidTypeError(
+                f"{argument}: expected a callable or None, got {type(function).__name__}"
+            )
+
+    check_downsample(options.downsample)
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+    if value < 1:
+        raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
+
+
+def _check_tolerance(tolerance: Any) -> None:
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise InvalidTypeError(
+            f"tolerance: expected a number or None, got {type(tolerance).__name__}"
+        )
+    if not 0 < tolerance < math.inf:
+        raise InvalidValueError(
+            "tolerance: expected a positive number, the largest standard error that will do "
+            f"(in standard deviations, and relative for variances), got {tolerance}"
+        )
