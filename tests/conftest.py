@@ -2,8 +2,6 @@
 
 import functools
 import importlib
-import os
-import shutil
 import sys
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from hypothesis import settings
 
 import paths
+from substitute import substitute as substitute_device
 
 # The same examples in every run; a busy machine is no failure.
 settings.register_profile("bnstats", deadline=None, derandomize=True)
@@ -72,30 +71,33 @@ def cuda():
 
 def pytest_collection_modifyitems(items):
     # Before any test: autograd makes its queues for all devices at the first backward.
-    if any("substitute_module" in getattr(item, "fixturenames", ()) for item in items):
+    names = {"device", "substitute", "substitute_module"}
+    if any(names & {*getattr(item, "fixturenames", ())} for item in items):
         _register_substitute()
 
 
 @functools.cache
 def _register_substitute():
-    """Return why there is no substitute device, or None."""
-    from substitute import substitute
-
-    if not shutil.which(os.environ.get("CXX", "c++")) or not shutil.which("ninja"):
-        return "needs a C++ compiler and ninja"
-    substitute.register()
-    return None
+    """Register the device; return what this machine lacks for it, or None."""
+    lacking = substitute_device.missing()
+    if lacking is None:  # from here on, a build that fails is an error
+        substitute_device.register()
+    return lacking
 
 
 @pytest.fixture(scope="session")
 def substitute_module():
-    from substitute import substitute
-
-    if (missing := _register_substitute()) is not None:
-        pytest.skip(missing)
-    return substitute
+    if (lacking := _register_substitute()) is not None:
+        pytest.skip(f"the substitute device needs {lacking}")
+    return substitute_device
 
 
 @pytest.fixture
 def substitute(substitute_module):
     return torch.device("substitute:0")
+
+
+@pytest.fixture(params=["substitute", "cuda"])
+def device(request):
+    """Every device beside the CPU; one that is not there is skipped."""
+    return request.getfixturevalue(request.param)

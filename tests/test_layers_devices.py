@@ -1,8 +1,12 @@
-"""Layers on a device: the CPU's numbers, without a wait of the host or a copy in a step."""
+"""Layers on a second device: the CPU's numbers, and a host that never waits.
+
+What a GPU runs is another branch than the CPU's: tensors in place of numbers. It runs here on the
+substitute device, and on CUDA where there is one.
+"""
 
 import copy
-import sys
-from pathlib import Path
+import io
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,171 +14,291 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bnstats
-from cases import FAMILIES, SHAPES, each_family
+import cases
+from cases import FAMILIES, each_family, each_shape
+from moving_average import SHORT
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from benchmarks import bench_operators
-
-SHORT = {"window": 4, "warmup": 5, "renorm_warmup": 8, "max_ratio": 1.2}
-MEASURED = {
-    "EMABatchNorm2d": (22, 1),
-    "CumulativeBatchNorm2d": (23, 1),
-    "MovingAverageBatchNorm2d": (42, 48),
+STEPS = 30  # the phases of SHORT: window from 5, warm from 12, renormalized from 26
+IMAGES = (4, 3, 5, 6)
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.6e-2,
 }
-"""Operators today; the goals are in benchmarks/bench_operators.py, and missed."""
+OPTIONS = {
+    "ema": [
+        {},
+        {"debias": False},
+        {"pooled": False},
+        {"debias": False, "pooled": False},
+        {"momentum": None},
+        {"momentum": 1.0},
+        {"momentum": 0.0},
+        {"affine": False},
+        {"bias": False},
+    ],
+    "cumulative": [{}, {"momentum": 1.0}, {"momentum": 0.0}],
+    "moving_average": [{}, {"momentum": None}, {"momentum": 1.0}, {"momentum": 0.0}],
+}
+each_option = pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        pytest.param(family, options, id=f"{family.name}, {options or 'default'}")
+        for family in FAMILIES
+        for options in OPTIONS[family.name]
+    ],
+)
 
 
-@pytest.fixture(params=["substitute", "cuda"])
-def device(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def no_waits(device, request):
+    """A context in which the host may neither wait for the device nor copy to or from it."""
+    if device.type == "cuda":
+        return _no_synchronization
+    module = request.getfixturevalue("substitute_module")
+
+    @contextmanager
+    def context():
+        with module.counting() as counts:
+            yield
+        assert not counts.waits
+        assert not counts.copies
+        assert counts.launches
+
+    return context
 
 
-def make(family, dims=2, **options):
-    short = SHORT if family.name == "moving_average" else {}
-    return family.make(dims, **{**short, **options})
-
-
-def step(layer, x):
-    x = x.detach().requires_grad_()
-    output = layer(x)
-    output.square().sum().backward()
-    return output.detach(), x.grad
-
-
-def assert_same(ours, theirs, **tolerance):
-    torch.testing.assert_close(ours.cpu(), theirs, equal_nan=True, **tolerance)
-
-
-def assert_same_buffers(ours, theirs):
-    for (name, mine), other in zip(ours.named_buffers(), theirs.buffers(), strict=True):
-        assert_same(mine, other, msg=lambda message, name=name: f"{name}: {message}")
-
-
-def assert_trains_as_on_cpu(layer, device, shape, dtype=torch.float32, steps=20):
-    twin = copy.deepcopy(layer)
-    layer.to(device)
-    for t in range(steps):
-        x = (torch.randn(shape) * (1 + t % 3)).to(dtype)
-        if t in (0, 9):  # not finite: such a batch changes nothing
-            x[0, 0] = torch.nan
-        ours, theirs = step(layer, x.to(device)), step(twin, x)
-        for mine, other in zip(ours, theirs, strict=True):
-            assert_same(mine, other)
-        assert_same_buffers(layer, twin)
-        layer.zero_grad()
-        twin.zero_grad()
-
-
-@each_family
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_training_on_a_device_is_that_on_cpu(family, device, shape):
-    dims, size = shape
-    assert_trains_as_on_cpu(make(family, dims), device, size)
-
-
-@each_family
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_any_dtype_trains_on_a_device_as_on_cpu(family, device, dtype):
-    assert_trains_as_on_cpu(make(family, dtype=dtype), device, (4, 3, 5, 6), dtype)
-
-
-OPTIONS = [
-    {"momentum": None},
-    {"momentum": 1.0},
-    {"momentum": 0.0},
-    {"affine": False},
-    {"bias": False},
-]
-
-
-@each_family
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_any_option_trains_on_a_device_as_on_cpu(family, device, options):
-    assert_trains_as_on_cpu(make(family, **options), device, (4, 3, 5, 6))
-
-
-@pytest.mark.parametrize("options", [{"debias": False}, {"pooled": False}], ids=str)
-def test_any_average_trains_on_a_device_as_on_cpu(device, options):
-    assert_trains_as_on_cpu(bnstats.EMABatchNorm2d(3, **options), device, (4, 3, 5, 6))
-
-
-@each_family
-def test_evaluation_on_a_device_is_that_on_cpu(family, device):
-    layer, x = make(family), torch.randn(4, 3, 5, 6)
-    layer(x)
-    expected = layer.eval()(x)
-    assert_same(layer.to(device)(x.to(device)), expected)
-
-
-@each_family
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "nonreentrant"])
-def test_a_checkpoint_on_a_device_moves_the_statistics_once(family, device, use_reentrant):
-    layer, twin = make(family).to(device), make(family)
-    for _ in range(12):
-        x = torch.randn(4, 3, 5, 6)
-        checked = step(lambda y: checkpoint(layer, y, use_reentrant=use_reentrant), x.to(device))
-        for mine, other in zip(checked, step(twin, x), strict=True):
-            assert_same(mine, other)
-        assert_same_buffers(layer, twin)
-
-
-@each_family
-def test_a_state_dict_goes_on_on_another_device(family, device):
-    there, here = make(family).to(device), make(family)
-    for t in range(12):
-        x = torch.randn(4, 3, 5, 6)
-        step(there, x.to(device))
-        if t == 5:
-            here.load_state_dict(there.state_dict())
-        if t > 5:
-            step(here, x)
-    assert_same_buffers(there, here)
-
-
-@each_family
-def test_conversion_and_back_on_a_device(family, device):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).to(device)
-    bnstats.convert_batchnorm(model, family.name)
-    for _ in range(3):
-        step(model, torch.randn(4, 3, 5, 6).to(device))
-    assert all(b.device.type == device.type for b in model.buffers())
-    model.eval()
-    x = torch.randn(4, 3, 5, 6).to(device)
-    expected = model(x)
-    bnstats.revert_batchnorm(model)
-    torch.testing.assert_close(model(x).cpu(), expected.cpu())
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
-def test_a_layer_on_the_second_device_stays_there(family, substitute_module):
-    layer = make(family).to("substitute:1")
-    x = torch.randn(4, 3, 5, 6).to("substitute:1")
-    with substitute_module.counting() as counts:
-        for _ in range(10):
-            step(layer, x)
-    assert {index for index, _ in counts.streams} == {1}
-
-
-@pytest.mark.parametrize("name", MEASURED)
-def test_a_training_step_neither_waits_nor_copies_and_issues_no_more_operators_than_measured(
-    name, substitute_module
-):
-    make = bench_operators.LAYERS[name]
-    counts = bench_operators.count(make(bench_operators.SHAPE[1]), substitute_module.counting)
-    assert (counts.waits, counts.copies) == (0, 0)
-    forward, backward = MEASURED[name]
-    assert counts.forward <= forward
-    assert counts.backward <= backward
-
-
-@each_family
-def test_a_cuda_step_does_not_wait_for_the_device(family, cuda):
-    layer, x = make(family).to(cuda), torch.randn(4, 3, 5, 6, device=cuda)
-    step(layer, x)
+@contextmanager
+def _no_synchronization():
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(12):
-            step(layer, x)
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def make(family, dims=2, dtype=torch.float32, **options):
+    schedule = SHORT if family.name == "moving_average" else {}
+    layer = family.make(dims, dtype=dtype, **{**schedule, **options})
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(3))
+    return layer
+
+
+def on(device, module):
+    return copy.deepcopy(module).to(device)
+
+
+def data(shape=IMAGES, count=STEPS, dtype=torch.float32):
+    """Inputs and gradients; two batches are not finite."""
+    inputs = cases.batches(shape, count, shift=0.05, dtype=dtype)
+    for bad in (0, 7):
+        inputs[bad].view(-1)[0] = torch.nan
+    return [(x, torch.randn(shape).to(dtype)) for x in inputs]
+
+
+def step(module, x, grad, run=None):
+    """Train for a step on the module's device; return output and gradients."""
+    device = next(iter(module.state_dict().values())).device
+    x = x.to(device).detach().requires_grad_()
+    output = module(x) if run is None else run(module, x)
+    module.zero_grad()
+    output.backward(grad.to(device, output.dtype))
+    return [output.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+def assert_close(mine, expected, dtype=torch.float32):
+    tolerance = TOLERANCES[dtype]
+    for a, b in zip(mine, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def assert_buffers(module, expected, dtype=torch.float32):
+    """All buffers agree, of counters every bit; those that no state dict has too."""
+    theirs = dict(expected.named_buffers())
+    for name, buffer in module.named_buffers():
+        assert_close([buffer], [theirs[name]], dtype)
+        if not buffer.is_floating_point():
+            assert torch.equal(buffer.cpu(), theirs[name].cpu()), name
+
+
+def assert_trains_alike(module, expected, pairs, dtype=torch.float32, run=None):
+    for x, grad in pairs:
+        assert_close(step(module, x, grad, run), step(expected, x, grad), dtype)
+        assert_buffers(module, expected, dtype)
+
+
+def assert_evaluates_alike(module, expected, x, dtype=torch.float32):
+    device = next(iter(module.state_dict().values())).device
+    module.eval(), expected.eval()
+    assert_close([module(x.to(device))], [expected(x)], dtype)
+    module.train(), expected.train()
+
+
+@each_option
+def test_training_and_evaluation_are_those_on_cpu(device, family, options):
+    here = make(family, **options)
+    there = on(device, here)
+    pairs = data()
+    assert_trains_alike(there, here, pairs)
+    assert_evaluates_alike(there, here, pairs[1][0])
+
+
+@each_family
+@each_shape
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_every_shape_and_dtype_trains_as_on_cpu(device, family, shape, dtype):
+    dims, size = shape
+    here = make(family, dims, dtype)
+    there = on(device, here)
+    pairs = data(size, dtype=dtype)
+    assert_trains_alike(there, here, pairs, dtype)
+    assert_evaluates_alike(there, here, pairs[1][0], dtype)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_statistics_of_half_inputs_are_those_on_cpu(device, family, dtype):
+    here = make(family)
+    model = on(device, nn.Sequential(nn.Conv2d(3, 3, 1), here))
+    seen = []
+    model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().cpu()))
+    for x, grad in data():
+        with torch.autocast(device.type, dtype=dtype):
+            output, *_ = step(model, x, grad)
+        assert seen[-1].dtype == output.dtype == dtype
+        assert_close([output], step(here, seen[-1], grad.to(dtype))[:1], dtype)
+    for name, buffer in model[1].named_buffers():
+        if name != "window_gradients":  # averages of half numbers
+            assert_close([buffer], [here.get_buffer(name)])
+
+
+@each_family
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_that_a_checkpoint_runs_again_moves_nothing(
+    device, no_waits, family, use_reentrant
+):
+    def run(module, x):
+        return checkpoint(module, x, use_reentrant=use_reentrant)
+
+    here = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), make(family), nn.ReLU())
+    there = on(device, here)
+    assert_trains_alike(there, here, data(), run=run)
+    x = torch.randn(IMAGES, device=device, requires_grad=True)
+    with no_waits():
+        run(there, x).sum().backward()
+
+
+@each_family
+def test_forwards_may_come_before_their_backwards(device, family):
+    here = make(family)
+    there = on(device, here)
+    pairs = data()
+    for (x, grad), (y, other) in zip(pairs[::2], pairs[1::2], strict=True):
+        results = []
+        for layer, where in ((here, "cpu"), (there, device)):
+            inputs = [i.to(where).detach().requires_grad_() for i in (x, y)]
+            first, second = map(layer, inputs)
+            layer.zero_grad()
+            first.backward(grad.to(where))
+            second.backward(other.to(where))
+            results.append([i.grad for i in (*inputs, *layer.parameters())])
+        assert_close(*results)
+        assert_buffers(there, here)
+
+
+@each_family
+@pytest.mark.parametrize("back", [False, True], ids=["to the device", "to the CPU"])
+def test_a_checkpoint_from_the_middle_of_training_goes_on_elsewhere(device, family, back):
+    pairs = data()
+    here = make(family)
+    source = on(device, here) if back else here
+    for x, grad in pairs[: STEPS // 2]:
+        step(source, x, grad)
+        if back:
+            step(here, x, grad)
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    target = torch.device("cpu") if back else device
+    loaded = on(target, make(family))
+    loaded.load_state_dict(torch.load(file, map_location=target))
+    for x, grad in pairs[STEPS // 2 :]:
+        assert_close(step(loaded, x, grad), step(here, x, grad))
+    for key, value in here.state_dict().items():
+        assert_close([loaded.state_dict()[key]], [value])
+
+
+@each_family
+def test_copies_and_moves_between_devices_change_nothing(device, family):
+    here = make(family)
+    there, pairs = on(device, here), data()
+    for start in range(0, STEPS, 5):
+        assert_trains_alike(there, here, pairs[start : start + 5])
+        there = copy.deepcopy(there)
+        assert all(b.device.type == device.type for b in there.buffers())
+        assert_trains_alike(there.cpu(), copy.deepcopy(here), pairs[:1])
+        here = copy.deepcopy(there)
+        there = there.to(device)
+
+
+@each_family
+def test_a_layer_on_another_index_than_the_current_one_stays_there(device, family):
+    if torch.accelerator.device_count() < 2:
+        pytest.skip(f"needs two {device.type} devices")
+    second = torch.device(device.type, 1)
+    here = make(family)
+    there = on(second, here)
+    assert torch.accelerator.current_device_index() == 0
+    assert_trains_alike(there, here, data())
+    assert {tensor.device for tensor in (*there.buffers(), *there.parameters())} == {second}
+
+
+@each_family
+def test_forward_and_backward_run_on_the_callers_stream(substitute, substitute_module, family):
+    layer = on(substitute, make(family))
+    x = torch.randn(IMAGES, device=substitute, requires_grad=True)
+    before, stream = torch.accelerator.current_stream(substitute), torch.Stream(substitute)
+    try:
+        torch.accelerator.set_stream(stream)
+        with substitute_module.counting() as counts:
+            layer(x).sum().backward()
+    finally:
+        torch.accelerator.set_stream(before)
+    assert counts.streams.keys() == {(0, stream.stream_id)}
+
+
+@each_family
+def test_a_model_is_converted_and_reverted_where_it_is(device, family):
+    here = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+    there = on(device, here)
+    models = [bnstats.convert_batchnorm(model, family.name) for model in (there, here)]
+    pairs = data()
+    assert_trains_alike(*models, pairs)
+    assert_evaluates_alike(*models, pairs[1][0])
+    x = pairs[1][0].to(device)
+    expected = there.eval()(x)
+    plain = bnstats.revert_batchnorm(there)
+    assert type(plain[1]) is nn.BatchNorm2d
+    assert {t.device.type for t in (*plain.parameters(), *plain.buffers())} == {device.type}
+    torch.testing.assert_close(plain(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@each_option
+def test_no_training_step_waits_for_the_device_or_copies(device, no_waits, family, options):
+    layer = on(device, make(family, **options))
+    pairs = [(x.to(device).requires_grad_(), grad.to(device)) for x, grad in data()]
+    with no_waits():
+        for x, grad in pairs:
+            layer(x).backward(grad)
+
+
+@each_family
+def test_no_evaluation_waits_for_the_device_or_copies(device, no_waits, family):
+    layer = on(device, make(family)).eval()
+    x = torch.randn(IMAGES, device=device)
+    with no_waits():
+        layer(x)

@@ -1,17 +1,21 @@
 """A second device for machines without one: build it, register it, count what the host does.
 
-    import substitute
-    substitute.register()                  # compiles on first use (about 40 s), needs a C++ compiler
+    substitute.register()  # compiles on first use, about 40 s: needs a C++ compiler and ninja
     x = torch.randn(3, device="substitute:1")
     with substitute.counting() as counts:
         step()
     assert not counts.waits
 
-It is no GPU: it shows wrong devices, waits of the host, copies, streams and numbers of launches; it shows
-neither CUDA's kernels nor its speed, and `tensor.is_cuda` is False.
+It has two indices, memory of its own, streams, and no mixing with the host's tensors. It is no
+GPU: it shows neither CUDA's kernels nor its speed, and ``tensor.is_cuda`` is False.
 """
 
+import hashlib
+import importlib.util
+import os
+import shutil
 import sys
+import tempfile
 import types
 from collections import Counter
 from contextlib import contextmanager
@@ -19,25 +23,78 @@ from pathlib import Path
 
 import torch
 
+_NAME = "bnstats_substitute"
 _SOURCE = Path(__file__).with_name("substitute.cpp")
+_FOLDER = Path(__file__).parents[2] / "build" / "substitute"
+"""Where a build stays for the next run."""
+
 _extension = None
 
 
-def register(build_directory=None):
-    """Compile and register the device "substitute"; calling again does nothing."""
+def missing():
+    """Return what this machine lacks for the device, or None."""
+    if _library().exists():
+        return None
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        return "a C++ compiler"
+    return None if shutil.which("ninja", path=_path()) else "ninja"
+
+
+def register():
+    """Compile the device "substitute" unless that is done, and register it in this process.
+
+    Before the first backward: autograd makes its queues for all devices then.
+    """
     global _extension
     if _extension is not None:
         return
-    from torch.utils.cpp_extension import load
-
-    _extension = load(
-        "bnstats_substitute",
-        [str(_SOURCE)],
-        build_directory=build_directory,
-        extra_cflags=["-O1", "-w"],
-    )
+    _extension = _imported(_library()) if _library().exists() else _built()
     _extension.init()
     torch.utils.rename_privateuse1_backend("substitute")
+    torch._register_device_module("substitute", _device_module())
+    torch.utils.generate_methods_for_privateuse1_backend()
+
+
+def _library():
+    """Return the path of the build for this source, torch and Python."""
+    made_of = (_SOURCE.read_text(), torch.__version__, sys.implementation.cache_tag)
+    digest = hashlib.sha256("".join(made_of).encode()).hexdigest()[:16]
+    return _FOLDER / digest / f"{_NAME}.so"
+
+
+def _path():
+    """Return the search path, with the folder where pip puts ninja."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+
+def _built():
+    """Compile, keep the library, and return it imported."""
+    from torch.utils.cpp_extension import load
+
+    library, before = _library(), os.environ.get("PATH", "")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # A folder of its own: a build that was killed leaves a lock, for which the next would wait.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        os.environ["PATH"] = _path()
+        try:
+            extension = load(
+                _NAME, [str(_SOURCE)], build_directory=folder, extra_cflags=["-O1", "-w"]
+            )
+        finally:
+            os.environ["PATH"] = before
+        os.replace(extension.__file__, library)
+    return extension
+
+
+def _imported(library):
+    spec = importlib.util.spec_from_file_location(_NAME, library)
+    extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(extension)
+    return extension
+
+
+def _device_module():
+    """Return what torch knows as ``torch.substitute``."""
     module = types.ModuleType("torch.substitute")
     module.is_available = module.is_initialized = lambda: True
     module.device_count = lambda: 2
@@ -51,8 +108,7 @@ def register(build_directory=None):
     module._lazy_init = lambda: None
     module.device = _Device
     sys.modules["torch.substitute"] = module
-    torch._register_device_module("substitute", module)
-    torch.utils.generate_methods_for_privateuse1_backend()
+    return module
 
 
 class _Device:
@@ -68,7 +124,11 @@ class _Device:
 
 
 class Counts(Counter):
-    """What the host did, by kind."""
+    """What the host did, by kind; ``streams`` counts launches by device and stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.streams = {}
 
     @property
     def waits(self):
@@ -82,8 +142,6 @@ class Counts(Counter):
     def launches(self):
         return sum(n for k, n in self.items() if k.startswith("op:"))
 
-    streams: dict = {}
-
 
 @contextmanager
 def counting():
@@ -92,5 +150,4 @@ def counting():
     _extension.reset()
     yield counts
     counts.update(_extension.counts())
-    # device and stream on which kernels were launched, and how many
     counts.streams = {divmod(key, 1_000_000): n for key, n in _extension.streams().items()}
