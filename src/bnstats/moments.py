@@ -197,7 +197,10 @@ class Moments:
             x = _select(x.movedim(channel_dim, -1), mask)
         elif channel_dim % x.dim() != 1:
             x = x.unsqueeze(0).movedim(channel_dim % x.dim() + 1, 1)
-        mean, m2 = mean_and_m2(x.detach())
+        x = x.detach()
+        if x.device.type != "cpu":  # where the reduction is in x's own precision
+            x = x.to(wide_dtype(x.device))
+        mean, m2 = mean_and_m2(x)
         count = x.numel() // x.shape[1] if x.shape[1] else 0
         return cls(torch.tensor(count, device="cpu"), mean, m2)
 
@@ -207,9 +210,11 @@ class Moments:
             raise InvalidValueError(
                 f"merge: expected {self.num_features} channels, got {other.num_features}"
             )
-        total, added = self.count + other.count, other.count.to(self.mean.dtype)
+        total = self.count + other.count
+        # The count of a batch is on CPU, and operators on three tensors take those of one device.
+        whole, added = (x.to(self.mean, non_blocking=True) for x in (total, other.count))
         # Of no values, the size is infinite: they move nothing.
-        weights = Weights(size=total.clamp(min=1) / added, divisor=1, fade=0, between=added)
+        weights = Weights(size=whole.clamp(min=1) / added, divisor=1, fade=0, between=added)
         return Moments(total, *fold(self.mean, self.m2, other.mean, other.m2, weights))
 
     def __add__(self, other: Moments) -> Moments:
@@ -222,7 +227,7 @@ class Moments:
             correction: 1 for the unbiased variance, 0 for the biased one; a tensor of shape
                 (C,) chooses per channel.
         """
-        divisor = (self.count - correction).to(self.m2.dtype)
+        divisor = (self.count - correction).to(self.m2, non_blocking=True)
         return torch.where(divisor > 0, self.m2 / divisor, torch.nan)
 
 

@@ -111,6 +111,26 @@ def _device_module():
     return module
 
 
+@contextmanager
+def without_float64():
+    """Let the device refuse float64, as MPS does."""
+    _extension.set_float64(False)
+    try:
+        yield
+    finally:
+        _extension.set_float64(True)
+
+
+@contextmanager
+def without_memory():
+    """Let every allocation on the device fail."""
+    _extension.set_memory(False)
+    try:
+        yield
+    finally:
+        _extension.set_memory(True)
+
+
 class _Device:
     def __init__(self, device):
         self._index = device if isinstance(device, int) else torch.device(device).index or 0
