@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.reduction import wide_dtype
+
 
 class WideBuffersBatchNorm(_BatchNorm):
     """BatchNorm of which some buffers keep their precision."""
@@ -22,17 +24,18 @@ class WideBuffersBatchNorm(_BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         order = list(self._buffers)
-        wide = {name: self._buffers.pop(name) for name in self._wide_buffers}
+        popped = {name: self._buffers.pop(name) for name in self._wide_buffers}
         module: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         running = self._buffers["running_mean"]
-        for name, buffer in wide.items():
+        for name, buffer in popped.items():
             if buffer is not None and running is not None:
                 # Before and after fn: a device may not have this dtype, half has too few digits.
-                source = buffer.to(self._wide_dtype(running))
+                wide = self._wide_dtype(running)
+                source = buffer.to(wide_dtype(buffer.device) if wide == torch.float64 else wide)
                 buffer = fn(source)
-                if buffer.dtype != source.dtype:
+                if buffer.dtype != wide:
                     lost = source.is_meta and not buffer.is_meta
-                    buffer = (buffer if lost else source).to(buffer.device, source.dtype)
+                    buffer = (buffer if lost else source).to(buffer.device, wide)
             self._buffers[name] = buffer
         for name in order:
             self._buffers[name] = self._buffers.pop(name)
