@@ -56,6 +56,11 @@ def unseen() -> AbstractContextManager[object]:
     return _NOTHING if _has_torchs_own_mode() else _disable_current_modes()
 
 
+def outside_modes() -> AbstractContextManager[object]:
+    """Run operators with values, whatever records them or runs them without: see :func:`unseen`."""
+    return _disable_current_modes()
+
+
 def _has_torchs_own_mode() -> bool:
     """Whether make_fx, fake tensors or functionalization are among the dispatch modes."""
     keys = torch._C._TorchDispatchModeKey

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bnstats.private import outside_modes
+
 _LONGEST_ROW = 1024
 """Values that one float32 accumulator may add up: a longer row loses digits (see tests)."""
 
@@ -35,9 +37,27 @@ _CACHED = 2**17
 """Values that stay in a core's cache."""
 
 
+_has_float64 = {"cpu": True, "cuda": True, "meta": True}
+"""What is known of devices. To ask is an operator and a wait, which is not done for these."""
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return float64, or float32 for a device that has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    known = device.type if device.type in _has_float64 else str(device)
+    if known not in _has_float64 and not torch.compiler.is_compiling():
+        _has_float64[known] = _adds_in_float64(device)
+    return torch.float64 if _has_float64.get(known, True) else torch.float32
+
+
+def _adds_in_float64(device: torch.device) -> bool:
+    """Ask a device; some hold such numbers, and do not compute with them."""
+    with outside_modes():
+        try:
+            return bool(torch.ones(2, dtype=torch.float64, device=device).sum() == 2)
+        except torch.OutOfMemoryError:  # no answer
+            raise
+        except (RuntimeError, TypeError):
+            return False
 
 
 def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,8 @@ def compare(
     mean, var = (torch.cat([getattr(x, kind) for x in stats]) for kind in RunningStats._fields)
     # All layers at once, their channels laid end to end.
     columns = zip(*running.values(), strict=True)
-    before = RunningStats(*(torch.cat([x.to(mean) for x in column]) for column in columns))
+    # (First to the CPU: a device may not have the dtype.)
+    before = RunningStats(*(torch.cat([x.cpu().to(mean) for x in column]) for column in columns))
     eps = torch.cat([torch.full_like(x.var, x.eps) for x in stats])
     moved = _drift(before, mean, var, eps)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)

@@ -26,7 +26,8 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
     """
     check_counts(counts)
     channels = [layer.num_features for layer in task.layers]
-    columns = zip(*(part.cpu().split(channels) for part in estimate), strict=True)
+    # (On a device without float64 they come in float32.)
+    columns = zip(*(part.cpu().double().split(channels) for part in estimate), strict=True)
     stats: dict[str, LayerStats] = {}
     unseen = []
     for layer, column in zip(task.layers, columns, strict=True):
