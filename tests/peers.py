@@ -4,6 +4,7 @@ import copy
 import datetime
 import os
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
@@ -21,6 +23,8 @@ import sharded_layers
 from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
 
 METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
+device = torch.device("cpu")
+"""Where this process has its models."""
 
 
 def network():
@@ -28,7 +32,7 @@ def network():
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3),
         nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 5), nn.BatchNorm1d(5),
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
 
 
 def shards(world):
@@ -48,6 +52,18 @@ def raises(error, run, says=""):
         run()
 
 
+def assert_all_said_the_same(said):
+    """No process failed, and all returned the same bits."""
+    for rank, (failure, _) in enumerate(said):
+        assert failure is None, f"rank {rank}: {failure}"
+    first, *others = (tree_flatten(result) for _, result in said)
+    for leaves, structure in others:
+        assert structure == first[1]
+        for mine, theirs in zip(first[0], leaves, strict=True):
+            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+            assert same, "not the same bits on every rank"
+
+
 def same_as_one_process(method):
     def scenario(rank, world):
         model, parts = network(), shards(world)
@@ -62,7 +78,7 @@ def same_as_one_process(method):
                 )
             assert stats[name].count == alone[name].count
             assert stats[name].num_batches == alone[name].num_batches
-        return model.state_dict(), [vars(s) for s in stats.values()]
+        return model.cpu().state_dict(), [vars(s) for s in stats.values()]
 
     return scenario
 
@@ -81,7 +97,7 @@ def tolerance_is_decided_together(method):
                 yield batch
 
         source = data if method == "sweeps" else loader()
-        model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3))
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)).to(device)
         stats = bnstats.measure_population_stats(model, source, method=method, tolerance=0.1)
         for s in stats.values():
             assert (s.mean_stderr / s.var.sqrt()).square().mean().sqrt() <= 0.1
@@ -285,17 +301,12 @@ def moving_averages_do_not_merge(rank, world):
 
 
 def there_is_one_collective(rank, world):
-    calls = []
-    real = dist.all_gather
-    dist.all_gather = lambda *args, **kwargs: (calls.append(1), real(*args, **kwargs))[1]
-    try:
-        counts = {}
+    counts = {}
+    with mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as it:
         for method in ("pooled", "batch_average", "layerwise"):
-            calls.clear()
+            it.reset_mock()
             bnstats.measure_population_stats(network(), shards(world)[rank], method=method)
-            counts[method] = len(calls)
-    finally:
-        dist.all_gather = real
+            counts[method] = it.call_count
     # Layer by layer: one for each of the three, and one to find that no batch is left.
     assert counts == {"pooled": 1, "batch_average": 1, "layerwise": 4}
 
@@ -315,7 +326,7 @@ def processes_may_go_different_ways(method):
         generator = torch.Generator().manual_seed(rank)
         sign = 1 if rank == 1 else -1
         data = [torch.randn(6, 2, generator=generator).abs() * sign for _ in range(3)]
-        stats = bnstats.measure_population_stats(Branching(), data, method=method)
+        stats = bnstats.measure_population_stats(Branching().to(device), data, method=method)
         batches = {name: s.num_batches for name, s in stats.items()}
         assert batches == {"first": 3 * world, "detour": 3, "last": 3 * world}
         return [vars(s) for s in stats.values()]
@@ -370,6 +381,22 @@ def uneven_shares_of_a_sharded_model_are_an_error_on_all(method):
     return scenario
 
 
+def a_loader_that_fails_beside_a_sharded_model_is_an_error_on_all(method):
+    def scenario(rank, world):
+        batches = even_shards(world)[rank]
+        loader = Failing(batches, OSError("the disk")) if rank == 1 else batches
+
+        def run():
+            bnstats.recompute_population_stats(sharded(world), loader, method=method)
+
+        if rank == 1:
+            raises(OSError, run, "the disk")
+        else:
+            raises(PeerError, run, "rank 1")
+
+    return scenario
+
+
 def statistics_in_dtensors_are_refused(rank, world):
     def run():
         model = distribute_module(nn.BatchNorm1d(3), init_device_mesh("cpu", (world,)))
@@ -386,6 +413,7 @@ SCENARIOS = {
         for scenario in (
             fully_sharded_models_are_measured,
             uneven_shares_of_a_sharded_model_are_an_error_on_all,
+            a_loader_that_fails_beside_a_sharded_model_is_an_error_on_all,
         )
         for m in ("pooled", "batch_average", "sweeps")
     },
@@ -426,19 +454,36 @@ SCENARIOS = {
 }
 
 
-def run(rank, world, folder):
-    """Run every scenario in this process, and keep what each said."""
+ON_DEVICES = [
+    name
+    for name in SCENARIOS
+    if name.startswith(
+        (
+            "same_as_one_process",
+            "tolerance_is_decided_together",
+            "one_raises_and_all_do",
+            "failing_while_it_writes",
+            "bad_batches_are_everybodys",
+            "processes_may_go_different_ways",
+        )
+    )
+]
+"""What is said of models on devices too."""
+
+
+def run(rank, world, folder, backend="gloo", scenarios=None):
+    """Run the scenarios in this process, and keep what each said."""
     os.environ.update(GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
     said = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in (SCENARIOS if scenarios is None else scenarios).items():
         try:
             said[name] = (None, scenario(rank, world))
         except BaseException:

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
-from torch.utils._pytree import tree_flatten
 
 import bnstats
 import peers
@@ -26,14 +25,7 @@ def said(request, tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", peers.SCENARIOS)
 def test_together(said, scenario):
-    for rank, (failure, _) in enumerate(process[scenario] for process in said):
-        assert failure is None, f"rank {rank}: {failure}"
-    first, *others = (tree_flatten(process[scenario][1]) for process in said)
-    for leaves, structure in others:
-        assert structure == first[1]
-        for mine, theirs in zip(first[0], leaves, strict=True):
-            same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-            assert same, "not the same bits on every rank"
+    peers.assert_all_said_the_same([process[scenario] for process in said])
 
 
 def moments_of(x):
@@ -83,6 +75,21 @@ def test_sync_says_what_it_needs():
     with pytest.raises(InvalidTypeError, match="expected True, False, None or a process group"):
         bnstats.measure_population_stats(nn.BatchNorm1d(3), data, sync="all")
     assert Peers.of(None).size == Peers.of(False).size == 1
+
+
+@pytest.mark.parametrize(
+    ("backends", "kind"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cuda:nccl", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("xpu:xccl", "xpu"),
+    ],
+)
+def test_messages_are_where_all_processes_have_a_backend_for_them(monkeypatch, backends, kind):
+    # Not where a process has its model: another may have one elsewhere.
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
+    assert Peers(alone=True).device == torch.device(kind)
 
 
 def test_nccl_merges_what_is_on_the_devices(cuda, tmp_path):

@@ -76,7 +76,7 @@ class Peers:
         """Return a context in which every process does its part of a step.
 
         Args:
-            like: a tensor of the shape, dtype and device of every process's result.
+            like: a tensor of the shape and dtype of every process's result.
         """
         return Exchange(self, like)
 
@@ -86,19 +86,24 @@ class Peers:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def all_gather(self, message: Tensor) -> Tensor:
-        """Return the messages of all processes, stacked in rank order."""
-        sent = message.to(self._backend_device(message.device))
-        received = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(received, sent, group=self._group)
-        return torch.stack(received).to(message.device)
+    def all_gather(self, message: Tensor, received: Tensor) -> None:
+        """Fill ``received``, of shape (size, *message.shape), with all messages, in rank order.
 
-    def _backend_device(self, device: torch.device) -> torch.device:
-        """Return where the backend takes its tensors from."""
-        backend = dist.get_backend(self._group)
-        if backend == "nccl":
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu") if backend == "gloo" else device
+        Both are on :attr:`device`. NCCL would allocate for a list of tensors, and fail where a
+        step has used up the memory: not for one.
+        """
+        dist.all_gather_into_tensor(received.flatten(), message, group=self._group)
+
+    @property
+    def device(self) -> torch.device:
+        """Where messages are: on CPU if the group's backends take them there.
+
+        Else on the current device of the backend's kind, as torch's own collectives of objects:
+        the caller sets it, ``torch.cuda.set_device`` for nccl.
+        """
+        backends = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
+        kinds = [pair.partition(":")[0] for pair in backends.split(",")]
+        return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
 def is_group(value: object) -> TypeGuard[ProcessGroup]:
@@ -187,7 +192,8 @@ class Exchange:
     no process is left waiting, and none goes on.
 
     Attributes:
-        results: what every process has sent, stacked in rank order; after the context.
+        results: what every process has sent, stacked in rank order; after the context, and on
+            CPU: what follows is computed in one way by all, whatever their devices do.
 
     Raises:
         PeerError: the step failed in another process.
@@ -196,13 +202,16 @@ class Exchange:
     def __init__(self, peers: Peers, like: Tensor) -> None:
         self._peers = peers
         self._shape = (peers.size, *like.shape)
-        # Made before the step: a device that has no memory left can still say so.
-        self._message = None if peers.alone else like.new_zeros(1 + like.numel())
         self.results: Tensor
+        if not peers.alone:
+            # Made before the step: a device that has no memory left can still say so.
+            width = 1 + like.numel()
+            self._received = torch.zeros(peers.size, width, dtype=like.dtype, device=peers.device)
+            self._message = torch.zeros_like(self._received[0])
 
     def send(self, result: Tensor) -> None:
         """Give this process's result of the step."""
-        if self._message is None:
+        if self._peers.alone:
             self.results = result[None]
         else:
             self._message[1:] = result.flatten()
@@ -216,12 +225,13 @@ class Exchange:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._message is None:
+        if self._peers.alone:
             return
         self._message[0] = error is not None
-        messages = self._peers.all_gather(self._message)
+        self._peers.all_gather(self._message, self._received)
         if error is not None:
             return
+        messages = self._received.cpu()
         failed = messages[:, 0].nonzero().flatten().tolist()
         if failed:
             raise PeerError(

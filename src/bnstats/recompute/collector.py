@@ -50,7 +50,7 @@ class Collector:
         self._zeros = task.like.new_zeros(sum(self._channels))
         self._several_devices = {x.running_mean.device for x in layers} != {self._zeros.device}
         self._expanded: tuple[list[int], Tensor] = ([], self._zeros)
-        self._estimator = self._new_estimator()
+        self._estimator = self._new_estimator(self._zeros.device)
 
     def on_input(self, layer: ObservedLayer, input: Tensor) -> None:
         """Add the moments of one call, and let the layer normalize with them."""
@@ -99,13 +99,14 @@ class Collector:
         counts = BatchCounts(*states[:, :width].sum(0).tolist())
         if len(states) == 1:
             return counts, self._estimator
-        estimator = self._new_estimator()
+        estimator = self._new_estimator(states.device)
         for state in states:
             estimator.merge_state(state[width:].unflatten(0, (-1, len(self._zeros))))
         return counts, estimator
 
-    def _new_estimator(self) -> Estimator:
-        return self._task.method.estimator(self._expand(self._corrections), self._zeros)
+    def _new_estimator(self, device: torch.device) -> Estimator:
+        corrections = self._expand(self._corrections).to(device)
+        return self._task.method.estimator(corrections, self._zeros.to(device))
 
     def _expand(self, numbers: list[int]) -> Tensor:
         """Return one number per layer as one per channel; the last answer is kept."""

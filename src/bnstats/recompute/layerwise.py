@@ -122,7 +122,9 @@ class _LayerwisePass:
                 counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:
                 self._threads.close()
-        estimators = (self._completed.get(x) or self._new_estimator(x) for x in task.layers)
+        # What several processes have merged is on CPU.
+        device = task.like.device if task.peers.alone else torch.device("cpu")
+        estimators = (self._completed.get(x) or self._new_estimator(x, device) for x in task.layers)
         columns = zip(*(x.estimate(counts.fraction) for x in estimators), strict=True)
         return counts, Estimate(*map(torch.cat, columns))
 
@@ -231,7 +233,7 @@ class _LayerwisePass:
 
     def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""
-        estimator = self._new_estimator(layer)
+        estimator = self._new_estimator(layer, states.device)
         for state in states:
             estimator.merge_state(state[:, : layer.num_features])
         count = int(states[:, 0, 0].sum())
@@ -262,6 +264,6 @@ class _LayerwisePass:
     def _waiting_at(self, layer: ObservedLayer) -> list[ForwardThread]:
         return [thread for thread in self._threads.waiting if thread.waiting_with.layer is layer]
 
-    def _new_estimator(self, layer: ObservedLayer) -> Pooled:
-        like = self._task.like.new_zeros(layer.num_features)
+    def _new_estimator(self, layer: ObservedLayer, device: torch.device | None = None) -> Pooled:
+        like = self._task.like.new_zeros(layer.num_features, device=device)
         return Pooled(torch.full_like(like, self._task.correction_of(layer)), like)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import torch
@@ -126,10 +126,10 @@ class Task:
         if self.peers.alone or not communicates(self.model):
             yield from batches
             return
-        for batch in chain(batches, repeat(_NO_MORE)):
-            has_none = torch.tensor(float(batch is _NO_MORE), device="cpu")
-            with self.peers.exchange(has_none) as exchange:
-                exchange.send(has_none)
+        while True:
+            with self.peers.exchange(torch.tensor(0.0, device="cpu")) as exchange:
+                batch = next(batches, _NO_MORE)
+                exchange.send(torch.tensor(float(batch is _NO_MORE), device="cpu"))
             if exchange.results.all():
                 return
             if exchange.results.any():
