@@ -330,25 +330,3 @@ def test_frozen_statistics_do_not_move(family):
     model(torch.randn(8, 3)).sum().backward()
     assert_state(model[1], before)
     assert model[1].weight.grad is not None
-
-
-@each_family
-def test_a_cuda_training_step_does_not_wait_for_the_device(family, cuda):
-    layer = family.make(2, num_features=8).to(cuda)
-    x = torch.randn(4, 8, 6, 6, device=cuda, requires_grad=True)
-    layer(x).sum().backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            layer(x).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@each_family
-def test_cuda_and_cpu_agree(family, cuda):
-    here, there = family.make(2), family.make(2).to(cuda)
-    for x in cases.batches((4, 3, 6, 6)):
-        torch.testing.assert_close(there(x.to(cuda)).cpu(), here(x), rtol=1e-4, atol=1e-4)
-    for key, value in here.state_dict().items():
-        torch.testing.assert_close(there.state_dict()[key].cpu(), value, rtol=1e-5, atol=1e-5)

@@ -206,8 +206,8 @@ def test_no_batchnorm_is_a_warning_and_an_empty_result():
         bnstats.measure_population_stats(network(), uneven(), include=lambda *_: False)
 
 
-def test_batches_move_to_the_models_device_at_any_depth(cuda):
-    model, x = nn.Sequential(nn.BatchNorm1d(3)).to(cuda), torch.randn(20, 3)
+def test_batches_move_to_the_models_device_at_any_depth(device):
+    model, x = nn.Sequential(nn.BatchNorm1d(3)).to(device), torch.randn(20, 3)
     seen = []
 
     def forward(model, batch):
@@ -215,7 +215,7 @@ def test_batches_move_to_the_models_device_at_any_depth(cuda):
         model(batch["a"][0])
 
     stats = bnstats.measure_population_stats(model, [{"a": (x,)}], forward=forward)
-    assert seen == ["cuda"]
+    assert seen == [device.type]
     assert stats["0"].mean.device.type == "cpu"
     torch.testing.assert_close(stats["0"].var, x.double().var(0), rtol=1e-5, atol=0)
 
