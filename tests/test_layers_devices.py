@@ -297,6 +297,38 @@ def test_no_training_step_waits_for_the_device_or_copies(device, no_waits, famil
 
 
 @each_family
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_no_step_in_any_dtype_waits_for_the_device_or_copies(device, no_waits, family, dtype):
+    layer = on(device, make(family, dtype=dtype))
+    pairs = [(x.to(device).requires_grad_(), g.to(device)) for x, g in data(dtype=dtype)]
+    with no_waits():
+        for x, grad in pairs:
+            layer(x).backward(grad)
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_no_step_of_a_network_under_autocast_waits_or_copies(device, no_waits, family, dtype):
+    plain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    schedule = SHORT if family.name == "moving_average" else {}
+    model = on(device, bnstats.convert_batchnorm(plain, family.name, **schedule))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    inputs = [torch.randn(IMAGES).to(device) for _ in range(STEPS)]
+
+    def step(x):
+        with torch.autocast(device.type, dtype=dtype):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(inputs[0])  # makes what the optimizer keeps
+    with no_waits():
+        for x in inputs[1:]:
+            step(x)
+
+
+@each_family
 def test_no_evaluation_waits_for_the_device_or_copies(device, no_waits, family):
     layer = on(device, make(family)).eval()
     x = torch.randn(IMAGES, device=device)
