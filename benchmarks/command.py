@@ -26,6 +26,8 @@ def main(*chosen: str) -> None:
         parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FOUND))
     parser.add_argument("--quick", action="store_true", help="see whether they run; keep nothing")
     parser.add_argument("--output", type=Path, help="keep the results here instead")
+    parser.add_argument("--photos", type=Path, help="a folder with a folder for each class")
+    parser.add_argument("--minutes", type=float, help="begin no new training after so many")
     options = parser.parse_args()
     wanted = set(chosen or options.names or FOUND)
     names = [name for name in FOUND if name in wanted]
@@ -33,7 +35,7 @@ def main(*chosen: str) -> None:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(FOUND)}")
     with tempfile.TemporaryDirectory() as nowhere:
         output = options.output or (Path(nowhere) if options.quick else RESULTS)
-        run = Run(options.quick, output / slug())
+        run = Run(options.quick, output / slug(), options.photos, options.minutes)
         run.folder.mkdir(parents=True, exist_ok=True)
         measured = [(name, row) for name in names for row in _start(name, run)]
     lines = [[name, *report.cells(row)] for name, row in measured]

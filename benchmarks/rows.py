@@ -17,6 +17,10 @@ class Run:
 
     quick: bool
     folder: Path
+    photos: Path | None = None
+    """A folder of photographs, for the benchmarks that train on some."""
+    minutes: float | None = None
+    """How long those that take an hour, and can go on later, may begin something new."""
 
 
 @dataclass(frozen=True)

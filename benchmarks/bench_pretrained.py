@@ -1,0 +1,164 @@
+"""A network with its ImageNet weights, fine-tuned on photographs: what recalibration is worth.
+
+Trainings that are done are kept in ``pretrained_trainings.json``, and not done again: a run may
+be stopped, or given ``--minutes``, and the next one goes on. The table says how many seeds
+there are. Photographs and weights are the reader's to get; neither is kept here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from tqdm.auto import tqdm
+
+from benchmarks import command, report
+from benchmarks.fine_tuning import (
+    NETWORKS,
+    PRETRAINED,
+    SYNTHETIC,
+    Cell,
+    Training,
+    plan,
+    quick_plan,
+    train,
+)
+from benchmarks.rows import Row, Run
+from bnstats.cli.photos import list_photos
+
+Task: TypeAlias = tuple[Cell, int]
+
+KINDS = {"running": "running averages", "pooled": "pooled", "layerwise": "layerwise"}
+TABLE_STEPS = 60
+
+
+def measure(run: Run) -> list[Row]:
+    """Train what is not done yet; return accuracies, their spread the range of the seeds."""
+    missing = _missing(run.photos)
+    network = PRETRAINED if missing is None else SYNTHETIC
+    tasks = quick_plan(network) if run.quick else plan()
+    path = run.folder / "pretrained_trainings.json"
+    done = _load(path)
+    todo = [task for task in tasks if task not in {(t.cell, t.seed) for t in done}]
+    if missing is not None:
+        print(f"{'noise and a small network instead' if run.quick else 'no training'}: {missing}")
+        todo = todo if run.quick else []
+    for training in _train_all(todo, run):
+        done.append(training)
+        _save(path, done)
+    cells = _by_cell(done)
+    if not run.quick:
+        (run.folder / "pretrained_table.md").write_text(table(cells))
+    return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
+
+
+def _missing(photos: Path | None) -> str | None:
+    """Return what there is to be got, or None."""
+    try:
+        list_photos(photos)
+        NETWORKS[PRETRAINED].make(2)
+    except (ImportError, FileNotFoundError) as error:
+        return str(error)
+    return None
+
+
+def _train_all(tasks: Sequence[Task], run: Run) -> Iterable[Training]:
+    """Train, each training on a core of its own; begin none once the minutes are over."""
+    if run.quick:
+        yield from (train(*task, run.photos) for task in tasks)
+        return
+    end = None if run.minutes is None else time.monotonic() + 60 * run.minutes
+    waiting = list(reversed(tasks))
+    cores = os.cpu_count() or 1
+    with (
+        ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(tasks), desc="trainings", smoothing=0) as bar,
+    ):
+        running: set[Future[Training]] = set()
+        while True:
+            while waiting and len(running) < cores and (end is None or time.monotonic() < end):
+                running.add(pool.submit(train, *waiting.pop(), run.photos))
+            if not running:
+                return
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield future.result()
+                bar.update()
+
+
+def _load(path: Path) -> list[Training]:
+    if not path.exists():
+        return []
+    return [
+        Training(**{**kept, "cell": Cell(**kept["cell"]), "curve": _tuples(kept["curve"])})
+        for kept in json.loads(path.read_text())
+    ]
+
+
+def _tuples(curve: list[Any]) -> tuple[tuple[int, float, float], ...]:
+    return tuple((steps, running, pooled) for steps, running, pooled in curve)
+
+
+def _save(path: Path, done: Sequence[Training]) -> None:
+    new = path.with_suffix(".new")
+    lines = ",\n".join(json.dumps(asdict(training)) for training in done)
+    new.write_text(f"[\n{lines}\n]\n")
+    new.replace(path)
+
+
+def _by_cell(done: Iterable[Training]) -> dict[Cell, list[Training]]:
+    """Return the trainings of each cell, in the order of the plan."""
+    cells: dict[Cell, list[Training]] = defaultdict(list)
+    order = {task: place for place, task in enumerate(plan())}
+    for training in sorted(done, key=lambda t: order.get((t.cell, t.seed), -1)):
+        cells[training.cell].append(training)
+    return cells
+
+
+def _rows(cell: Cell, trainings: Sequence[Training]) -> list[Row]:
+    work = f"accuracy, {cell.network}, {cell.steps} steps, {_seeds(trainings)}"
+    return [
+        Row(work, f"batch {cell.batch}", f"{cell.variant}: {name}", *summary, unit="%")
+        for kind, name in KINDS.items()
+        for summary in [_summary(trainings, kind)]
+    ]
+
+
+def _seeds(trainings: Sequence[Training]) -> str:
+    return f"{len(trainings)} seed{'s' * (len(trainings) > 1)}"
+
+
+def _summary(trainings: Sequence[Training], kind: str) -> tuple[float, float, float]:
+    """Return median, least and most, in percent."""
+    shares = [100 * getattr(training, kind) for training in trainings]
+    return statistics.median(shares), min(shares), max(shares)
+
+
+def table(cells: dict[Cell, list[Training]], steps: int = TABLE_STEPS) -> str:
+    """Return the README's table: fine-tuning for some steps."""
+    header = ["trained with", "normalized over", "running averages", "recomputed"]
+    lines = [[*header, "layerwise", "better, of seeds"]]
+    for cell, trainings in cells.items():
+        if (cell.network, cell.steps) == (PRETRAINED, steps):
+            better = sum(t.pooled > t.running for t in trainings)
+            figures = [_figure(trainings, kind) for kind in KINDS]
+            lines.append([cell.variant, str(cell.batch), *figures, f"{better} of {len(trainings)}"])
+    return "\n".join([*report.table(lines), ""])
+
+
+def _figure(trainings: Sequence[Training], kind: str) -> str:
+    median, low, high = _summary(trainings, kind)
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":
+    command.main("pretrained")

@@ -1,0 +1,238 @@
+"""Trainings on photographs: with which batch norm, and what recalibration makes of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import TensorDataset
+
+import bnstats
+from benchmarks.peers import import_torchvision
+from bnstats.cli.photos import Photos, accuracy, efficientnet_lite0, fine_tune
+
+PRETRAINED, FROM_SCRATCH = "EfficientNet-Lite0", "ResNet-18 of half width"
+SYNTHETIC = "a small network"
+RECALIBRATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is trained, but for the seed."""
+
+    network: str
+    variant: str
+    batch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is done: accuracies on the held-out pictures.
+
+    ``curve`` has, after each epoch, the steps done and the accuracies with running averages and
+    with population statistics; the first seed alone keeps one.
+    """
+
+    cell: Cell
+    seed: int
+    running: float
+    pooled: float
+    layerwise: float
+    curve: tuple[tuple[int, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and how it is trained."""
+
+    make: Callable[[int], nn.Module]
+    size: int
+    gradient_batch: int
+    learning_rate: float
+
+
+Prepare: TypeAlias = Callable[[nn.Module, Cell, int], None]
+"""Changes a model before it is trained in a cell, with gradients of so many pictures."""
+
+
+def _momentum(value: float, model: nn.Module, *_: object) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = value
+
+
+def _ema(model: nn.Module, *_: object) -> None:
+    bnstats.convert_batchnorm(model, "ema", momentum=0.1)
+
+
+def _moving_average(center: bool, model: nn.Module, cell: Cell, gradient_batch: int) -> None:
+    forwards = cell.steps * gradient_batch // cell.batch
+    with warnings.catch_warnings():
+        # A pretrained network has means, which this layer drops: that is what is measured.
+        warnings.simplefilter("ignore", bnstats.BnstatsWarning)
+        bnstats.convert_batchnorm(
+            model,
+            "moving_average",
+            center=center,
+            momentum=0.02,
+            window=max(32 // cell.batch, 1),
+            warmup=min(forwards // 10, 100),
+        )
+
+
+def _as_it_is(*_: object) -> None: ...
+
+
+PLAIN = "BatchNorm, momentum 0.01"
+PLAIN_DEFAULT = "BatchNorm, momentum 0.1"
+FROZEN = "BatchNorm, frozen statistics"
+EMA = "EMABatchNorm, momentum 0.1"
+MABN = "MovingAverageBatchNorm, weights as they are"
+CENTERED = "MovingAverageBatchNorm, weights centered"
+
+VARIANTS: dict[str, Prepare] = {
+    PLAIN: _as_it_is,
+    PLAIN_DEFAULT: partial(_momentum, 0.1),
+    FROZEN: _as_it_is,
+    EMA: _ema,
+    MABN: partial(_moving_average, False),
+    CENTERED: partial(_moving_average, True),
+}
+"""What a network's layers are made for a training. The momentum of 0.01 is the checkpoint's own."""
+
+
+def _train_frozen(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+
+
+def half_resnet18(num_classes: int) -> nn.Sequential:
+    """Return a ResNet-18 with half as many channels, its weights drawn anew."""
+    block = import_torchvision().models.resnet.BasicBlock
+    layers: list[nn.Module] = [
+        *(nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    inputs = 32
+    for outputs, stride in ((32, 1), (64, 2), (128, 2), (256, 2)):
+        shortcut = None
+        if stride > 1:
+            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+        layers += [block(inputs, outputs, stride, shortcut), block(outputs, outputs)]
+        inputs = outputs
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)
+    )
+
+
+def _small_network(num_classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8, momentum=0.01), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
+    )
+
+
+NETWORKS = {
+    PRETRAINED: Network(efficientnet_lite0, 96, 16, 0.02),
+    FROM_SCRATCH: Network(half_resnet18, 64, 32, 0.05),
+    SYNTHETIC: Network(_small_network, 16, 16, 0.02),
+}
+
+
+def plan() -> list[tuple[Cell, int]]:
+    """Return cells and seeds, the most telling first, and all cells of one seed together.
+
+    Frozen statistics normalize any batch alike: one batch stands for all.
+    """
+    variants = [
+        (variant, batch)
+        for batch, variant in product((16, 4, 2), VARIANTS)
+        if variant != CENTERED and (variant != FROZEN or batch == 16)
+    ]
+    cells = {
+        steps: [Cell(PRETRAINED, variant, batch, steps) for variant, batch in variants]
+        for steps in (16, 60, 300)
+    }
+    scratch = [
+        Cell(FROM_SCRATCH, variant, batch, 600)
+        for batch, variant in product((32, 2), (PLAIN_DEFAULT, EMA, CENTERED))
+    ]
+    return [
+        *((cell, seed) for seed in range(5) for cell in cells[60]),
+        *((cell, seed) for seed in range(3) for cell in scratch),
+        *((cell, 0) for cell in cells[300]),
+        *((cell, seed) for seed in range(5) for cell in cells[16]),
+        *((cell, seed) for seed in range(3, 5) for cell in scratch),
+        *((cell, seed) for seed in range(1, 5) for cell in cells[300]),
+    ]
+
+
+def quick_plan(network: str) -> list[tuple[Cell, int]]:
+    """Return a few steps of every variant."""
+    return [(Cell(network, variant, 2, 2), 0) for variant in VARIANTS if variant != CENTERED]
+
+
+@cache
+def _photos(folder: Path | None, size: int) -> Photos:
+    return Photos.load(folder, size)
+
+
+def synthetic_photos(size: int) -> Photos:
+    """Return noise of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(40, 3, size, size, generator=generator), torch.arange(40) % 2
+    parts = (TensorDataset(images[part], labels[part]) for part in (slice(32), slice(32, 40)))
+    return Photos(*parts, ("even", "odd"))
+
+
+def train(cell: Cell, seed: int, folder: Path | None) -> Training:
+    """Train a cell on one thread; look at it before and after recalibration."""
+    torch.set_num_threads(1)
+    network = NETWORKS[cell.network]
+    synthetic = cell.network == SYNTHETIC
+    photos = synthetic_photos(network.size) if synthetic else _photos(folder, network.size)
+    torch.manual_seed(seed)
+    model = network.make(len(photos.classes))
+    VARIANTS[cell.variant](model, cell, network.gradient_batch)
+    curve: list[tuple[int, float, float]] = []
+
+    def look(steps: int) -> None:
+        if seed == 0:
+            curve.append((steps, *_accuracies(model, photos, ["pooled"])))
+
+    fine_tune(
+        model,
+        photos.train,
+        steps=cell.steps,
+        seed=seed,
+        normalization_batch=cell.batch,
+        gradient_batch=network.gradient_batch,
+        learning_rate=network.learning_rate,
+        train_mode=_train_frozen if cell.variant == FROZEN else nn.Module.train,
+        after_epoch=look,
+    )
+    accuracies = _accuracies(model, photos, ["pooled", "layerwise"])
+    return Training(cell, seed, *accuracies, tuple(curve))
+
+
+def _accuracies(model: nn.Module, photos: Photos, methods: list[str]) -> list[float]:
+    """Return the accuracy with running averages, and recalibrated by each of the methods."""
+    accuracies = [accuracy(model, photos.test)]  # leaves every layer in evaluation mode
+    batches = photos.train.tensors[0].split(RECALIBRATION_BATCH)
+    for method in methods:
+        result = bnstats.recompute_population_stats(model, batches, method=method)
+        accuracies.append(accuracy(model, photos.test))
+        result.undo()
+    return [round(share, 4) for share in accuracies]
