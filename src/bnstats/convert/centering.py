@@ -14,11 +14,14 @@ from torch import Tensor, fx, nn
 from bnstats.convert.change import check_writable
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, target_class, with_parametrizations
 from bnstats.errors import InvalidValueError
-from bnstats.layers.centered import centered
+from bnstats.layers.centered import CenteredForward, centered
 from bnstats.traversal import Include, check_materialized, named_layers, unwrap
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CENTERED = tuple(cls for cls in FAMILIES[CENTERED] if issubclass(cls, (*_CONVOLUTIONS, nn.Linear)))
+_CENTERED = (
+    *(cls for cls in FAMILIES[CENTERED] if issubclass(cls, (*_CONVOLUTIONS, nn.Linear))),
+    CenteredForward,
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Recentering:
     def apply(self) -> None:
         """Change the layer."""
         if self.fold:
-            assert isinstance(self.module.weight, nn.Parameter)
-            self.module.weight.copy_(centered(self.module.weight))
+            weight = self.module.weight
+            assert isinstance(weight, nn.Parameter)
+            weight.copy_(centered(weight))
         self.module.__class__ = with_parametrizations(self.cls, self.module)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from bnstats.errors import InvalidTypeError
@@ -26,6 +27,7 @@ from bnstats.layers import (
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
 )
+from bnstats.layers.centered import CenteredForward, centered_subclass
 
 PLAIN = "plain"
 
@@ -99,6 +101,8 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
         InvalidTypeError: its methods would be lost; ``where`` begins the message.
     """
     cls = written_class(module)
+    if issubclass(cls, CenteredForward):
+        return cls if to == CENTERED else cls.plain_class
     known = known_class(cls)
     if known is not None and _FAMILY_OF[known] == to:
         return cls
@@ -106,14 +110,23 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
     if said is not None:
         return _check_layout(where, cls, said)
     methods = _overridden_methods(known, module)
+    to_center = to == CENTERED and not isinstance(module, _BatchNorm)
+    if to_center and methods and not _computes_weight(methods, module):
+        return _check_layout(where, cls, centered_subclass(cls))
     if known is None or methods:
         own = f"its own {', '.join(methods)}" if methods else "no known base"
         raise InvalidTypeError(
             f"{where}: expected a class of torch's or of bnstats, got a subclass with {own}: "
-            f"leave it out with include, or let its class say what it becomes for {to!r} by a "
-            "method __bnstats_class__ (see convert_batchnorm)"
+            f"leave it out with include{', center nothing with center=False' * to_center}, or let "
+            f"its class say what it becomes for {to!r} by a method __bnstats_class__ (see "
+            "convert_batchnorm)"
         )
     return _check_layout(where, cls, FAMILIES[to][_COLUMNS[known]])
+
+
+def _computes_weight(methods: list[str], module: nn.Module) -> bool:
+    """Whether centering in a derived class's forward would miss what the layer computes with."""
+    return "weight" in methods or "forward" in vars(module)
 
 
 def _check_layout(where: str, cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:

@@ -37,7 +37,9 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     - ``"moving_average"``: about zero, ``running_var + running_mean^2``, with empty windows.
       Every convolution (no transposed one) becomes its centered twin, and every ``nn.Linear``
       whose output goes straight into a converted layer: by the graph that torch.fx traces, or,
-      where it cannot trace the model, as neighbours in an ``nn.Sequential``. A layer with a
+      where it cannot trace the model, as neighbours in an ``nn.Sequential``. One whose class
+      has a forward of its own, "same" padding for example, becomes of a class derived from its
+      own, whose forward reads ``self.weight`` centered. A layer with a
       single weight to an output stays: centered, it would be 0. A trained model evaluates
       differently then, and is to be trained further.
 
@@ -62,10 +64,11 @@ def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **op
     Raises:
         InvalidValueError: an unknown family, a value that the family's class refuses.
         InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
-            not yet materialized; a layer whose class replaces a method of torch's layer by its
-            own, ``forward`` or ``_conv_forward`` for example, or an attribute by a property,
+            not yet materialized; a batch norm whose class replaces a method of torch's layer by
+            its own, ``forward`` for example, or an attribute by a property,
             which the conversion would drop (timm's ``BatchNormAct2d`` activates in its
-            forward); one with ``__slots__``, whose objects cannot change their class. Helpers
+            forward); a layer to be centered that has a property ``weight``, or a forward put on
+            the object; one with ``__slots__``, whose objects cannot change their class. Helpers
             under other names are no reason; the converted layer lacks them. The message has
             the layer's name; the model is as before.
 

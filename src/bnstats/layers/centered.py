@@ -9,6 +9,8 @@ is left as it is. A weight of one number per output is its own mean: nothing is 
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,3 +94,62 @@ class CenteredConv3d(nn.Conv3d):
         """Apply the centered weight."""
         output: Tensor = self._conv_forward(input, centered(self.weight), self.bias)
         return output
+
+
+class CenteredForward(nn.Module):
+    """A layer whose class has a forward of its own, which reads a centered weight there.
+
+    Outside of the forward ``weight`` is the parameter, as with the layers above, so that
+    optimizers, initializations and state dicts see the plain layer. In the forward a stand-in
+    takes the layer's place: an object with the same attributes, the very same ``__dict__``,
+    whose class has a property ``weight``. Nothing is put into the layer and taken out again, so
+    that forwards in several threads do not see each other.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    _stand_in_class: ClassVar[type[nn.Module]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Also for the class that torch derives when the layer is parametrized.
+        if "_stand_in_class" not in vars(cls):
+            body = {"weight": property(_read_centered), "_stand_in_class": None}
+            cls._stand_in_class = type(cls.__name__, (cls,), body)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the layer's class with the centered weight."""
+        stand_in: Any = object.__new__(self._stand_in_class)
+        stand_in.__dict__ = self.__dict__
+        return super(CenteredForward, stand_in).forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Pickle would look for the derived class by its name.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new_centered, (self.plain_class,), *reduced[2:])
+
+
+def centered_subclass(cls: type[nn.Module]) -> type[CenteredForward]:
+    """Derive from a layer's class the one whose forward reads the weight centered."""
+    known = _SUBCLASSES.get(cls)
+    if known is None:
+        body = {"plain_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        known = _SUBCLASSES[cls] = type(f"Centered{cls.__name__}", (CenteredForward, cls), body)
+    return known
+
+
+_SUBCLASSES: dict[type[nn.Module], type[CenteredForward]] = {}
+
+
+def _new_centered(cls: type[nn.Module]) -> nn.Module:
+    subclass = centered_subclass(cls)
+    return subclass.__new__(subclass)
+
+
+def _read_centered(stand_in: nn.Module) -> Tensor:
+    """Return the weight, centered: a parameter, or what a parametrization computes."""
+    computed = getattr(type(stand_in).__base__, "weight", None)
+    if isinstance(computed, property):
+        return centered(computed.__get__(stand_in))
+    weight = stand_in._parameters.get("weight")
+    # Pruning and the old weight norm compute a plain attribute before the forward.
+    return centered(vars(stand_in)["weight"] if weight is None else weight)
