@@ -159,7 +159,7 @@ def plan() -> list[tuple[Cell, int]]:
     variants = [
         (variant, batch)
         for batch, variant in product((16, 4, 2), VARIANTS)
-        if variant != CENTERED and (variant != FROZEN or batch == 16)
+        if variant != FROZEN or batch == 16
     ]
     cells = {
         steps: [Cell(PRETRAINED, variant, batch, steps) for variant, batch in variants]
@@ -181,7 +181,7 @@ def plan() -> list[tuple[Cell, int]]:
 
 def quick_plan(network: str) -> list[tuple[Cell, int]]:
     """Return a few steps of every variant."""
-    return [(Cell(network, variant, 2, 2), 0) for variant in VARIANTS if variant != CENTERED]
+    return [(Cell(network, variant, 2, 2), 0) for variant in VARIANTS]
 
 
 @cache
