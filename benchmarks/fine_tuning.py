@@ -166,8 +166,8 @@ def plan() -> list[tuple[Cell, int]]:
         for steps in (16, 60, 300)
     }
     scratch = [
-        Cell(FROM_SCRATCH, variant, batch, 600)
-        for batch, variant in product((32, 2), (PLAIN_DEFAULT, EMA, CENTERED))
+        Cell(FROM_SCRATCH, variant, batch, 400)
+        for batch, variant in product((32, 2), (PLAIN_DEFAULT, CENTERED))
     ]
     return [
         *((cell, seed) for seed in range(5) for cell in cells[60]),
