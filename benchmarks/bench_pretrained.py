@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 
 from benchmarks import command, report
 from benchmarks.fine_tuning import (
-    NETWORKS,
     PRETRAINED,
     SYNTHETIC,
     Cell,
@@ -32,8 +31,8 @@ from benchmarks.fine_tuning import (
     quick_plan,
     train,
 )
+from benchmarks.photographs import missing, say
 from benchmarks.rows import Row, Run
-from bnstats.cli.photos import list_photos
 
 Task: TypeAlias = tuple[Cell, int]
 
@@ -43,14 +42,14 @@ TABLE_STEPS = 60
 
 def measure(run: Run) -> list[Row]:
     """Train what is not done yet; return accuracies, their spread the range of the seeds."""
-    missing = _missing(run.photos)
-    network = PRETRAINED if missing is None else SYNTHETIC
+    lacking = missing(run.photos)
+    network = PRETRAINED if lacking is None else SYNTHETIC
     tasks = quick_plan(network) if run.quick else plan()
     path = run.folder / "pretrained_trainings.json"
     done = _load(path)
     todo = [task for task in tasks if task not in {(t.cell, t.seed) for t in done}]
-    if missing is not None:
-        print(f"{'noise and a small network instead' if run.quick else 'no training'}: {missing}")
+    if lacking is not None:
+        say(run.quick, lacking)
         todo = todo if run.quick else []
     for training in _train_all(todo, run):
         done.append(training)
@@ -59,16 +58,6 @@ def measure(run: Run) -> list[Row]:
     if not run.quick:
         (run.folder / "pretrained_table.md").write_text(table(cells))
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
-
-
-def _missing(photos: Path | None) -> str | None:
-    """Return what there is to be got, or None."""
-    try:
-        list_photos(photos)
-        NETWORKS[PRETRAINED].make(2)
-    except (ImportError, FileNotFoundError) as error:
-        return str(error)
-    return None
 
 
 def _train_all(tasks: Sequence[Task], run: Run) -> Iterable[Training]:

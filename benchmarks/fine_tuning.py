@@ -13,10 +13,10 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import TensorDataset
 
 import bnstats
 from benchmarks.peers import import_torchvision
+from benchmarks.photographs import synthetic_photos
 from bnstats.cli.photos import Photos, accuracy, efficientnet_lite0, fine_tune
 
 PRETRAINED, FROM_SCRATCH = "EfficientNet-Lite0", "ResNet-18 of half width"
@@ -187,14 +187,6 @@ def quick_plan(network: str) -> list[tuple[Cell, int]]:
 @cache
 def _photos(folder: Path | None, size: int) -> Photos:
     return Photos.load(folder, size)
-
-
-def synthetic_photos(size: int) -> Photos:
-    """Return noise of two classes."""
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.randn(40, 3, size, size, generator=generator), torch.arange(40) % 2
-    parts = (TensorDataset(images[part], labels[part]) for part in (slice(32), slice(32, 40)))
-    return Photos(*parts, ("even", "odd"))
 
 
 def train(cell: Cell, seed: int, folder: Path | None) -> Training:
