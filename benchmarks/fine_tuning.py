@@ -152,30 +152,31 @@ NETWORKS = {
 
 
 def plan() -> list[tuple[Cell, int]]:
-    """Return cells and seeds, the most telling first, and all cells of one seed together.
+    """Return cells and seeds, the most telling first, and all such cells of one seed together.
 
     Frozen statistics normalize any batch alike: one batch stands for all.
     """
-    variants = [
-        (variant, batch)
-        for batch, variant in product((16, 4, 2), VARIANTS)
-        if variant != FROZEN or batch == 16
-    ]
-    cells = {
-        steps: [Cell(PRETRAINED, variant, batch, steps) for variant, batch in variants]
-        for steps in (16, 60, 300)
-    }
+    far = {steps: _fine_tunings((16, 2), steps) for steps in (16, 60, 300)}
+    between = {steps: _fine_tunings((4,), steps) for steps in (16, 60, 300)}
     scratch = [
         Cell(FROM_SCRATCH, variant, batch, 400)
         for batch, variant in product((32, 2), (PLAIN_DEFAULT, CENTERED))
     ]
+    order = [
+        *((far[60], range(3)), (scratch, range(1)), (far[60], range(3, 5))),
+        *((scratch, range(1, 3)), (between[60], range(5))),
+        *((far[300], range(1)), (between[300], range(1))),
+        *((far[16] + between[16], range(5)), (far[300] + between[300], range(1, 5))),
+        (scratch, range(3, 5)),
+    ]
+    return [(cell, seed) for cells, seeds in order for seed in seeds for cell in cells]
+
+
+def _fine_tunings(batches: tuple[int, ...], steps: int) -> list[Cell]:
     return [
-        *((cell, seed) for seed in range(5) for cell in cells[60]),
-        *((cell, seed) for seed in range(3) for cell in scratch),
-        *((cell, 0) for cell in cells[300]),
-        *((cell, seed) for seed in range(5) for cell in cells[16]),
-        *((cell, seed) for seed in range(3, 5) for cell in scratch),
-        *((cell, seed) for seed in range(1, 5) for cell in cells[300]),
+        Cell(PRETRAINED, variant, batch, steps)
+        for batch, variant in product(batches, VARIANTS)
+        if variant != FROZEN or batch == 16
     ]
 
 
