@@ -32,6 +32,7 @@ from benchmarks.fine_tuning import (
     train,
 )
 from benchmarks.photographs import missing, say
+from benchmarks.pretrained_figure import figure_of
 from benchmarks.rows import Row, Run
 
 Task: TypeAlias = tuple[Cell, int]
@@ -55,8 +56,9 @@ def measure(run: Run) -> list[Row]:
         done.append(training)
         _save(path, done)
     cells = _by_cell(done)
+    (run.folder / "pretrained_table.md").write_text(table(cells))
     if not run.quick:
-        (run.folder / "pretrained_table.md").write_text(table(cells))
+        figure_of(cells).savefig(run.folder / "pretrained.png", dpi=100)
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
 
 
