@@ -56,15 +56,16 @@ def measure(run: Run) -> list[Row]:
         done.append(training)
         _save(path, done)
     cells = _by_cell(done)
-    (run.folder / "pretrained_table.md").write_text(table(cells))
-    if not run.quick:
+    if cells:
+        (run.folder / "pretrained_table.md").write_text(table(cells))
+    if cells and not run.quick:
         figure_of(cells).savefig(run.folder / "pretrained.png", dpi=100)
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
 
 
 def _train_all(tasks: Sequence[Task], run: Run) -> Iterable[Training]:
     """Train, each training on a core of its own; begin none once the minutes are over."""
-    if run.quick:
+    if run.quick or not tasks:
         yield from (train(*task, run.photos) for task in tasks)
         return
     end = None if run.minutes is None else time.monotonic() + 60 * run.minutes

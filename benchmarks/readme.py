@@ -1,4 +1,4 @@
-"""The README's performance table: every promise, as the results keep it."""
+"""The README's tables: every promise, as the results keep it, and those that a benchmark wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from benchmarks import report
 from benchmarks.rows import Row
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- performance: begin -->", "<!-- performance: end -->"
 PROMISED = [
     *("layers", "moving_average", "operators", "recompute", "layerwise"),
     *("memory", "import", "merges", "drift"),
@@ -21,10 +20,30 @@ HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what me
 
 
 def rewrite(results: Path, readme: Path = README) -> None:
-    """Put the table of these results into the README."""
-    text = f"{BEGIN}\n\n{performance(results)}\n\n{END}"
-    old = readme.read_text()
-    readme.write_text(re.sub(f"{BEGIN}.*{END}", lambda _: text, old, flags=re.DOTALL))
+    """Put the tables of these results between their marks in the README."""
+    text = readme.read_text()
+    for name, table in tables(results, text).items():
+        begin, end = marks(name)
+        new = f"{begin}\n\n{table}\n\n{end}"
+        text = re.sub(f"{begin}.*{end}", lambda _, new=new: new, text, flags=re.DOTALL)
+    readme.write_text(text)
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return what begins and ends a table in the README."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def tables(results: Path, text: str) -> dict[str, str]:
+    """Return the tables that a text has marks for: a benchmark's NAME_table.md, or all promises."""
+    found = {}
+    for name in re.findall("<!-- (\\w+): begin -->", text):
+        path = results / f"{name}_table.md"
+        if name == "performance":
+            found[name] = performance(results)
+        elif path.exists():
+            found[name] = path.read_text().strip()
+    return found
 
 
 def performance(results: Path) -> str:

@@ -78,10 +78,16 @@ def test_a_missed_promise_is_seen_in_every_table(load, tmp_path):
 def test_the_readme_changes_between_its_marks_only(load, tmp_path):
     readme = load("readme")
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    begin, end = readme.marks("performance")
+    own_begin, own_end = readme.marks("pitch")
+    page.write_text(f"before\n{begin}\nold\n{end}\nbetween{own_begin}{own_end}\nafter\n")
+    (tmp_path / "pitch_table.md").write_text("| a | b |\n")
     readme.rewrite(tmp_path, page)
     table = readme.performance(tmp_path)
-    assert page.read_text() == f"before\n{readme.BEGIN}\n\n{table}\n\n{readme.END}\nafter\n"
+    assert page.read_text() == (
+        f"before\n{begin}\n\n{table}\n\n{end}\nbetween{own_begin}\n\n| a | b |\n\n{own_end}"
+        "\nafter\n"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -93,6 +99,66 @@ def test_benchmarks_import_nothing_of_the_tests(path):
     }
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     assert not {name.split(".")[0] for name in imported} & tests
+
+
+@pytest.mark.parametrize("name", ["pretrained", "checkpoint", "pitch"])
+def test_without_photographs_and_weights_noise_is_tried_and_one_line_says_how_to_get_them(
+    load, name, capsys, monkeypatch, tmp_path
+):
+    rows, benchmark = load("rows"), load(f"bench_{name}")
+    monkeypatch.setattr("bnstats.cli.photos.STAMPS", tmp_path / "stamps")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert benchmark.measure(rows.Run(quick=True, folder=tmp_path))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("a stand-in instead: ")
+    assert "pip install" in line or "apt-get download" in line
+    assert (tmp_path / f"{name}_table.md").read_text().startswith("| ")
+    # In full nothing is measured of noise.
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert benchmark.measure(rows.Run(quick=False, folder=tmp_path)) == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("nothing measured: ")
+
+
+def test_trainings_that_are_done_are_kept_and_not_done_again(load, monkeypatch, tmp_path):
+    rows, benchmark = load("rows"), load("bench_pretrained")
+    monkeypatch.setattr(benchmark, "missing", lambda _: "nothing is there")
+    trained = []
+    train = benchmark.train
+    monkeypatch.setattr(benchmark, "train", lambda *task: trained.append(task) or train(*task))
+    run = rows.Run(quick=True, folder=tmp_path)
+    first = benchmark.measure(run)
+    number = len(trained)
+    path = tmp_path / "pretrained_trainings.json"
+    kept = path.read_text()
+    assert number == len(benchmark.quick_plan(benchmark.SYNTHETIC)) == len(json.loads(kept))
+    assert benchmark.measure(run) == first
+    assert len(trained) == number
+    assert path.read_text() == kept
+    path.write_text(json.dumps(json.loads(kept)[1:]))
+    assert sorted(map(str, benchmark.measure(run))) == sorted(map(str, first))
+    assert len(trained) == number + 1
+
+
+def test_the_table_of_trainings_has_medians_ranges_and_how_many_got_better(load):
+    tuning, benchmark = load("fine_tuning"), load("bench_pretrained")
+    cell = tuning.Cell(tuning.PRETRAINED, tuning.PLAIN, 2, benchmark.TABLE_STEPS)
+    shares = [(0.2, 0.6, 0.5), (0.4, 0.3, 0.5), (0.3, 0.7, 0.5)]
+    trainings = [tuning.Training(cell, seed, *s) for seed, s in enumerate(shares)]
+    other = tuning.Training(tuning.Cell(tuning.SYNTHETIC, tuning.PLAIN, 2, 2), 0, 0.1, 0.1, 0.1)
+    table = benchmark.table(benchmark._by_cell([*trainings, other]))
+    assert (
+        f"| {tuning.PLAIN} | 2 | 30.0 (20.0 to 40.0) | 60.0 (30.0 to 70.0) | 50.0 (50.0 to 50.0) "
+        "| 2 of 3 |"
+    ) in table
+    assert table.count("\n|") == 2
+
+
+def test_a_plan_names_each_training_once(load):
+    tasks = load("fine_tuning").plan()
+    assert len(tasks) == len(set(tasks))
+    assert len({cell for cell, seed in tasks if cell.steps == 60 and seed == 4}) == 16
 
 
 SMALL = ["(2, 256, 28, 28)", "(2, 64, 56, 56)", "(8, 32, 8, 8)"]

@@ -23,8 +23,12 @@ def test_ci_runs_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_performance_table_is_what_the_results_say(monkeypatch):
+def test_the_tables_are_what_the_results_say(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     readme = importlib.import_module("benchmarks.readme")
-    table = README.split(readme.BEGIN)[1].split(readme.END)[0]
-    assert table.strip() == readme.performance(ROOT / "benchmarks" / "results" / "cpu").strip()
+    marked = set(re.findall(r"<!-- (\w+): begin -->", README))
+    tables = readme.tables(ROOT / "benchmarks" / "results" / "cpu", README)
+    assert marked == tables.keys() >= {"performance"}
+    for name, table in tables.items():
+        begin, end = readme.marks(name)
+        assert README.split(begin)[1].split(end)[0].strip() == table.strip(), name
