@@ -104,20 +104,20 @@ def a_batch_that_is_not_finite_counts_nowhere(family):
 
 def one_collective_forward_and_one_backward(family):
     def scenario(rank, world):
-        layer, calls, gather = make(family, sync=True), [], dist.all_gather
+        layer, calls, gather = make(family, sync=True), [], dist.all_gather_into_tensor
         x = torch.randn(3, 4, 6, requires_grad=True)
 
         def counting(*args, **kwargs):
             calls.append(args[1].numel())
             return gather(*args, **kwargs)
 
-        dist.all_gather = counting
+        dist.all_gather_into_tensor = counting
         try:
             y = layer(x)
             forward = list(calls)
             y.sum().backward()
         finally:
-            dist.all_gather = gather
+            dist.all_gather_into_tensor = gather
         assert forward == [9], forward
         assert len(calls) == 2
 

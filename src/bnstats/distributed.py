@@ -101,9 +101,17 @@ class Peers:
         Else on the current device of the backend's kind, as torch's own collectives of objects:
         the caller sets it, ``torch.cuda.set_device`` for nccl.
         """
-        backends = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
-        kinds = [pair.partition(":")[0] for pair in backends.split(",")]
+        kinds = self._kinds
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+    def near(self, device: torch.device) -> torch.device:
+        """Return the device if the group's backends take messages there, else :attr:`device`."""
+        return device if device.type in self._kinds else self.device
+
+    @property
+    def _kinds(self) -> list[str]:
+        backends = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
+        return [pair.partition(":")[0] for pair in backends.split(",")]
 
 
 def is_group(value: object) -> TypeGuard[ProcessGroup]:
