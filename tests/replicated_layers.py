@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import bnstats
+from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 from cases import FAMILIES
 
@@ -104,22 +106,14 @@ def a_batch_that_is_not_finite_counts_nowhere(family):
 
 def one_collective_forward_and_one_backward(family):
     def scenario(rank, world):
-        layer, calls, gather = make(family, sync=True), [], dist.all_gather_into_tensor
+        layer, gather = make(family, sync=True), Peers.all_gather_into
         x = torch.randn(3, 4, 6, requires_grad=True)
-
-        def counting(*args, **kwargs):
-            calls.append(args[1].numel())
-            return gather(*args, **kwargs)
-
-        dist.all_gather_into_tensor = counting
-        try:
+        with mock.patch.object(Peers, "all_gather_into", autospec=True, side_effect=gather) as it:
             y = layer(x)
-            forward = list(calls)
+            forward = [call.args[2].numel() for call in it.call_args_list]
             y.sum().backward()
-        finally:
-            dist.all_gather_into_tensor = gather
         assert forward == [9], forward
-        assert len(calls) == 2
+        assert it.call_count == 2
 
     return scenario
 

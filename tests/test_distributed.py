@@ -78,18 +78,20 @@ def test_sync_says_what_it_needs():
 
 
 @pytest.mark.parametrize(
-    ("backends", "kind"),
+    ("backends", "common", "of_cuda"),
     [
-        ("cpu:gloo,cuda:gloo", "cpu"),
-        ("cuda:nccl", "cuda"),
-        ("cpu:gloo,cuda:nccl", "cpu"),
-        ("xpu:xccl", "xpu"),
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cuda:nccl", "cuda", "cuda"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cuda"),
+        ("cpu:gloo", "cpu", "cpu"),
+        ("xpu:xccl", "xpu", "xpu"),
     ],
 )
-def test_messages_are_where_all_processes_have_a_backend_for_them(monkeypatch, backends, kind):
-    # Not where a process has its model: another may have one elsewhere.
+def test_messages_are_where_the_group_has_a_backend(monkeypatch, backends, common, of_cuda):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
-    assert Peers(alone=True).device == torch.device(kind)
+    peers = Peers(alone=True)
+    assert peers.common_device == torch.device(common)
+    assert peers._backend_device("cuda") == torch.device(of_cuda)
 
 
 def test_nccl_merges_what_is_on_the_devices(cuda, tmp_path):

@@ -86,32 +86,36 @@ class Peers:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def all_gather(self, message: Tensor, received: Tensor) -> None:
-        """Fill ``received``, of shape (size, *message.shape), with all messages, in rank order.
+    def all_gather(self, message: Tensor) -> Tensor:
+        """Return the messages of all processes, stacked in rank order, where this one's is."""
+        device = self._backend_device(message.device.type)
+        sent = message if device.type == message.device.type else message.to(device)
+        received = sent.new_empty(self.size, *sent.shape)
+        self.all_gather_into(received, sent)
+        return received.to(message.device)
 
-        Both are on :attr:`device`. NCCL would allocate for a list of tensors, and fail where a
-        step has used up the memory: not for one.
-        """
-        dist.all_gather_into_tensor(received.flatten(), message, group=self._group)
-
-    @property
-    def device(self) -> torch.device:
-        """Where messages are: on CPU if the group's backends take them there.
-
-        Else on the current device of the backend's kind, as torch's own collectives of objects:
-        the caller sets it, ``torch.cuda.set_device`` for nccl.
-        """
-        kinds = self._kinds
-        return torch.device("cpu" if "cpu" in kinds else kinds[0])
-
-    def near(self, device: torch.device) -> torch.device:
-        """Return the device if the group's backends take messages there, else :attr:`device`."""
-        return device if device.type in self._kinds else self.device
+    def all_gather_into(self, received: Tensor, message: Tensor) -> None:
+        """Do it without new memory: NCCL allocates for a list of tensors, and not for one."""
+        gather = getattr(dist, "all_gather_single", None)  # its name since torch 2.13
+        gather = dist.all_gather_into_tensor if gather is None else gather
+        gather(received.flatten(), message.flatten(), group=self._group)
 
     @property
-    def _kinds(self) -> list[str]:
-        backends = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
-        return [pair.partition(":")[0] for pair in backends.split(",")]
+    def common_device(self) -> torch.device:
+        """Where every process may have its messages, wherever it has its model."""
+        return self._backend_device("cpu")
+
+    def _backend_device(self, kind: str) -> torch.device:
+        """Return where the group takes messages of devices of a kind.
+
+        Without an index, as torch's own collectives of objects: on the current device, which
+        with nccl the caller has set by ``torch.cuda.set_device``.
+        """
+        config = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
+        backends = dict(pair.split(":") for pair in config.split(","))
+        if backends.get(kind, "gloo") == "gloo":  # which gathers on CPU only
+            kind = "cpu" if "cpu" in backends else next(iter(backends))
+        return torch.device(kind)
 
 
 def is_group(value: object) -> TypeGuard[ProcessGroup]:
@@ -212,9 +216,9 @@ class Exchange:
         self._shape = (peers.size, *like.shape)
         self.results: Tensor
         if not peers.alone:
-            # Made before the step: a device that has no memory left can still say so.
-            width = 1 + like.numel()
-            self._received = torch.zeros(peers.size, width, dtype=like.dtype, device=peers.device)
+            # Made before the step: a device that has no memory left can still tell the others.
+            shape, device = (peers.size, 1 + like.numel()), peers.common_device
+            self._received = torch.zeros(shape, dtype=like.dtype, device=device)
             self._message = torch.zeros_like(self._received[0])
 
     def send(self, result: Tensor) -> None:
@@ -236,7 +240,7 @@ class Exchange:
         if self._peers.alone:
             return
         self._message[0] = error is not None
-        self._peers.all_gather(self._message, self._received)
+        self._peers.all_gather_into(self._received, self._message)
         if error is not None:
             return
         messages = self._received.cpu()

@@ -101,14 +101,14 @@ class Replicas:
         except Exception:
             if not self.alone and not in_backward_pass():
                 size, dtype = 1 + 2 * channels, wide_dtype(device)
-                self._all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
+                self._peers().all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
             raise
 
     def exchange(self, message: Tensor) -> Tensor:
         """Send a message and receive the others', or find those of a forward that is repeated."""
         if in_backward_pass():
             return self._recall(message)
-        messages = self._all_gather(message)
+        messages = self._peers().all_gather(message)
         if on_host(messages):
             failed = messages[:, 0].isnan().nonzero().flatten().tolist()
             if failed:
@@ -122,14 +122,7 @@ class Replicas:
 
     def total(self, x: Tensor) -> Tensor:
         """Add up over the processes, in rank order: the same bits for all."""
-        return self._all_gather(x).sum(0)
-
-    def _all_gather(self, message: Tensor) -> Tensor:
-        peers = self._peers()
-        sent = message.flatten().to(peers.near(message.device))
-        received = sent.new_empty(peers.size, len(sent))
-        peers.all_gather(sent, received)
-        return received.view(-1, *message.shape).to(message.device)
+        return self._peers().all_gather(x).sum(0)
 
     def _recall(self, message: Tensor) -> Tensor:
         """Find the latest exchange of this message; nothing else tells a forward apart."""
