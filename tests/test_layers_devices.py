@@ -334,3 +334,52 @@ def test_no_evaluation_waits_for_the_device_or_copies(device, no_waits, family):
     x = torch.randn(IMAGES, device=device)
     with no_waits():
         layer(x)
+
+
+LAYOUTS = {
+    "N C": ((8, 3), torch.contiguous_format),
+    "N C H W": (IMAGES, torch.contiguous_format),
+    "channels_last": (IMAGES, torch.channels_last),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@each_family
+@each_layout
+def test_masked_batches_train_as_on_cpu(device, no_waits, family, layout):
+    shape, memory_format = layout
+    here = family.base(3, **(SHORT if family.name == "moving_average" else {}))
+    there = on(device, here)
+    mask = torch.rand(shape[0], *shape[2:]) < 0.7
+    there_mask = mask.to(device)
+
+    def run(layer, x):
+        if x.device.type == "cpu":
+            return layer(x, mask)
+        return layer(x.to(memory_format=memory_format), there_mask)
+
+    for _ in range(STEPS):
+        x, grad = torch.randn(2, *shape).unbind()
+        assert_close(step(there, x, grad, run), step(here, x, grad, run))
+        assert_buffers(there, here)
+    x = torch.randn(shape).to(device).requires_grad_()
+    grad = torch.ones_like(x)
+    with no_waits():
+        run(there, x).backward(grad)
+
+
+@each_family
+@each_layout
+def test_every_layout_trains_as_on_cpu(device, family, layout):
+    shape, memory_format = layout
+    here = family.base(3, **(SHORT if family.name == "moving_average" else {}))
+    there = on(device, here)
+
+    def run(layer, x):
+        output = layer(x.to(memory_format=memory_format))
+        assert output.is_contiguous(memory_format=memory_format)
+        return output
+
+    for x, grad in data(shape):
+        assert_close(step(there, x, grad, run), step(here, x, grad))
+        assert_buffers(there, here)

@@ -116,16 +116,17 @@ def _gradients(
     count: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     factor = torch.ones_like(mean) if weight is None else weight
+    inverse = (var + ctx.eps).rsqrt_()
     if x.numel():
+        # CUDA's kernel takes mean and inverse in place of the statistics for some layouts of x.
         direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, factor, mean, var, None, None, False, ctx.eps, [True] * 3
+            grad, x, factor, mean, var, mean, inverse, False, ctx.eps, [True] * 3
         )
     else:
         direct, grad_weight, grad_bias = grad, torch.zeros_like(mean), torch.zeros_like(mean)
     sums = torch.stack((grad_bias, grad_weight))
     if ctx.replicas is not None:
         sums = ctx.replicas.sum(sums)
-    inverse = (var + ctx.eps).rsqrt_()
     average, slope = sums * (factor * inverse / count.clamp(min=1))
     slope = slope * inverse
     through_moments = torch.addcmul(

@@ -176,18 +176,19 @@ def _anywhere(
     zeros = torch.zeros_like(var)
     if x.numel() == 0:  # a share of no values, which the kernel does not take
         return zeros, zeros, lambda _: torch.zeros_like(x)
-    # Evaluation mode does not read what training saves, but torch.vmap's rule asks for it. It has
-    # no rule for addcmul_.
-    transformed, dtype = intercepted(), grad.dtype
-    if transformed:  # nor does the rule take half beside wider statistics
+    # torch.vmap has no rule for addcmul_.
+    transformed, dtype, square = intercepted(), grad.dtype, var + eps
+    if transformed:  # nor does its rule take half beside wider statistics
         grad, x = grad.to(var.dtype), x.to(var.dtype)
-    saved = (zeros, zeros) if transformed else (None, None)
+    # In evaluation mode the kernel on CPU does not read what training saves. Those of CUDA and
+    # torch.vmap's rule ask for it, and may take it in place of the running statistics.
+    saved = (zeros, square.rsqrt()) if transformed or not x.is_cpu else (None, None)
     partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
     )
 
     def input_gradient(mean: Tensor) -> Tensor:
-        factor_z = (mean / (var + eps)).view(-1, *[1] * (x.dim() - 2))
+        factor_z = (mean / square).view(-1, *[1] * (x.dim() - 2))
         add = torch.addcmul if transformed else Tensor.addcmul_
         own = x if mask is None else torch.where(mask, x, 0)  # others have no part in the variance
         return add(partial, own, factor_z, value=-1).to(dtype)
