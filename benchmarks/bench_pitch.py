@@ -36,7 +36,7 @@ BINS, CENTS_PER_BIN, FIRST_BIN = 360, 20, 1997.3794084376191
 CLOSE = 50.0
 """Half a semitone, in cents: the field's raw pitch accuracy."""
 
-NOISES: dict[str, float | None] = {"none": None, "10 dB": 10.0, "0 dB": 0.0, "-10 dB": -10.0}
+NOISES: dict[str, float | None] = {"none": None, "0 dB": 0.0, "-10 dB": -10.0, "-15 dB": -15.0}
 """The signal's power over the noise's."""
 
 BATCH = 128
