@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.utils.checkpoint import checkpoint
 
 import bnstats
 from bnstats.layers.centered import centered
@@ -185,3 +186,20 @@ def test_other_values_for_the_parameter_reach_the_forward():
     bias = model[0].bias[:, None, None]
     tripled = torch.func.functional_call(model[0], {"weight": changed["0.weight"]}, X)
     torch.testing.assert_close(tripled - bias, 3 * (model[0](X) - bias))
+
+
+def test_it_trains_in_stacked_ensembles_and_in_checkpoints():
+    models = [convert(network()).eval() for _ in range(3)]
+    state = torch.func.stack_module_state(models)
+    stateless = copy.deepcopy(models[0]).to("meta")
+
+    def forward(parameters, buffers):
+        return torch.func.functional_call(stateless, (parameters, buffers), (X,))
+
+    expected = torch.stack([model(X) for model in models])
+    torch.testing.assert_close(torch.vmap(forward)(*state), expected)
+
+    (layer, *_), (other, *_) = models[0], copy.deepcopy(models[0])
+    checkpoint(layer, X, use_reentrant=False).square().sum().backward()
+    other(X).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, other.weight.grad)
