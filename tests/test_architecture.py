@@ -16,6 +16,7 @@ FLOORS = [
     {"reduction"},
     {"moments"},
     {"accumulators", "traversal", "distributed", "interrupts", "masks"},
+    {"holding", "freezing"},
     {"layers"},
     {"convert", "recompute"},
     {"diagnose"},

@@ -348,9 +348,15 @@ class TestCompile:
     @pytest.mark.parametrize("momentum", [0.1, None])
     def test_operators_keep_the_rules_of_custom_operators(self, momentum):
         layer = train(make(), 30)
-        options = (1e-5, momentum, 5, 8, 5.0)
-        arguments = (*layer._step_state(), torch.rand(3), *options)
-        torch.library.opcheck(torch.ops.bnstats.moving_average_step, arguments)
+        for held in (False, True):
+            layer.hold_running_stats(held)
+            options = (1e-5, momentum, 5, 8, 5.0, held)
+            arguments = (*layer._step_state(), torch.rand(3), *options)
+            torch.library.opcheck(torch.ops.bnstats.moving_average_step, arguments)
+        _, _, *history = layer._step_state()
+        scale = (torch.rand(3), torch.rand(3), layer.num_steps_tracked + 1, torch.tensor(True))
+        arguments = (*scale, torch.rand(3), *history)
+        torch.library.opcheck(torch.ops.bnstats.moving_average_recall, arguments)
         psi, step = torch.rand(3), layer.num_steps_tracked.clone()
         arguments = (layer.window_gradients, layer.window_gradient_steps, step, psi, 5)
         torch.library.opcheck(torch.ops.bnstats.moving_average_gradient, arguments)

@@ -1,11 +1,14 @@
 """torch's private names still mean what they are used for: these tests notice when they go."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from bnstats import private
 
@@ -97,3 +100,21 @@ def test_writes_are_counted():
     with torch.inference_mode():
         y = torch.zeros(3)
     assert private.version(y) != private.version(y)
+
+
+def may_be_checkpointed(run):
+    answers = []
+
+    def function(x):
+        answers.append(private.may_be_checkpointed())
+        return x * 2
+
+    run(function, torch.ones(3, requires_grad=True))
+    return answers
+
+
+def test_a_forward_that_may_run_again_is_noticed():
+    for reentrant in (True, False):
+        answers = may_be_checkpointed(partial(checkpoint, use_reentrant=reentrant))
+        assert answers == [True]
+    assert may_be_checkpointed(lambda function, x: function(x)) == [False]

@@ -11,6 +11,7 @@ The map:
 - :func:`masked`: let padding count for nothing, in all layers of a model.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
+- :func:`hold_statistics`: training forwards that move no statistics.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
   :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
@@ -28,6 +29,7 @@ from bnstats.diagnose import (
     record_batch_stats,
 )
 from bnstats.errors import BnstatsError, BnstatsWarning
+from bnstats.holding import hold_statistics
 from bnstats.layers import (
     CenteredConv1d,
     CenteredConv2d,
@@ -88,6 +90,7 @@ __all__ = [
     "RunningStats",
     "convert_batchnorm",
     "estimate_running_error",
+    "hold_statistics",
     "masked",
     "measure_population_stats",
     "plot_batch_stats",

@@ -22,6 +22,17 @@ def in_backward_pass() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+def may_be_checkpointed() -> bool:
+    """Whether a forward may be one that activation checkpointing will run again.
+
+    One kind runs it without gradients, the other with hooks for what autograd saves, which have
+    no public reader. Other things do so too.
+    """
+    return not torch.is_grad_enabled() or (
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
+
+
 def only_reverse_mode() -> bool:
     """Whether reverse-mode autograd is the only differentiation: no torch.func, no forward mode.
 

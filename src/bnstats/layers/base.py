@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,12 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
     """What :func:`bnstats.masked` has given the layer."""
 
     _replicas: Replicas | None = None
+
+    _transient: ClassVar[tuple[str, ...]] = ("_held",)
+    """Attributes that a copy of the layer does not get."""
+
+    _held = False
+    """Whether training forwards move nothing; set by :func:`bnstats.hold_statistics`."""
 
     def __init__(
         self,
@@ -85,6 +91,19 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if self.statistics_about_zero() and mean is not None and var is not None:
             var.addcmul_(mean, mean)
             mean.zero_()
+
+    def hold_running_stats(self, held: bool) -> None:
+        """Let training forwards move no buffer, or let them again.
+
+        :func:`bnstats.hold_statistics` asks for it; several of its contexts count there.
+        """
+        vars(self).pop("_held", None)
+        if held:
+            self._held = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out that the layer is held: a copy is not."""
+        return {key: value for key, value in vars(self).items() if key not in self._transient}
 
     def reset_parameters(self) -> None:
         """Reset the running statistics; weight 1, bias 0."""
@@ -143,7 +162,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
     ) -> Tensor:
         if batch is not None:
-            return self._forward_batch(input, batch, tracks=self.momentum != 0)
+            return self._forward_batch(input, batch, tracks=self.momentum != 0 and not self._held)
         count = input.numel() // self.num_features
         if count == 1:
             raise InvalidValueError(
@@ -160,7 +179,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             weight = None if weight is None else weight.float()
             bias = None if bias is None else bias.float()
         # A batch of no values has no statistics.
-        moves = count > 0 and self.momentum != 0
+        moves = count > 0 and self.momentum != 0 and not self._held
         if count > 0 and on_host(input):
             output, mean, var = batch_norm_cpu.batch_norm(input, weight, bias, self.eps, like)
             # In a backward pass activation checkpointing runs a forward again.

@@ -182,7 +182,7 @@ class MovingAverageBatchNorm(MovingAverageState):
         if bias is not None and bias.dtype != wide:
             bias = bias.to(wide)
         schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
-        options = Options(self.eps, self.momentum, *schedule)
+        options = Options(self.eps, self.momentum, *schedule, self._held)
         (var, ratio, step), count = take_step(self._step_state(), input, options, batch)
         gradients = (self.window_gradients, self.window_gradient_steps)
         mask, replicas = (None, None) if batch is None else (batch.mask, batch.replicas)

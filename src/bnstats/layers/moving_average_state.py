@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnstats.errors import warn
 from bnstats.layers.base import RunningStatsBatchNorm
@@ -25,6 +26,12 @@ class MovingAverageState(RunningStatsBatchNorm):
 
     _wide_buffers = ("window_mean_squares", "window_scales", "window_gradients")
     _ring_buffers = (*_wide_buffers, "window_gradient_steps", "num_steps_tracked")
+
+    _transient = (*RunningStatsBatchNorm._transient, "_held_scales", "_held_steps")
+
+    # What checkpointing needs of held forwards; no buffers, for in those nothing moves.
+    _held_scales: Tensor | None = None
+    _held_steps: Tensor | None = None
 
     window_mean_squares: Tensor
     window_scales: Tensor
@@ -58,7 +65,24 @@ class MovingAverageState(RunningStatsBatchNorm):
             self.window_scales,
             self.window_gradient_steps,
             self.num_steps_tracked,
+            self._held_scales,
+            self._held_steps,
         )
+
+    def hold_running_stats(self, held: bool) -> None:
+        """Let training forwards move no buffer, or let them again."""
+        super().hold_running_stats(held)
+        scales, known = self.window_scales, self._held_scales
+        if held and (known is None or known.shape[::2] != scales.shape[::2]):
+            self._held_scales = scales.new_zeros(len(scales), 3, self.num_features)
+            self._held_steps = torch.zeros_like(self.window_gradient_steps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for name in ("_held_scales", "_held_steps"):  # on a device that they do not follow to
+            vars(self).pop(name, None)
+        module = super()._apply(fn, recurse)
+        self.hold_running_stats(self._held)
+        return module
 
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, variance 1, empty ring buffers, counters 0."""

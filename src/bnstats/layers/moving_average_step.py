@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
 from bnstats.layers.batch import Batch, batch_variance
-from bnstats.layers.moving_average_recall import Scale, recall_if_repeated
+from bnstats.layers.moving_average_recall import Scale, recall_if_repeated, remember_held
 from bnstats.layers.operators import opaque, register
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
@@ -25,13 +25,19 @@ from bnstats.reduction import mean_square, mean_square_on_host
 
 
 class Options(NamedTuple):
-    """The layer's options that a step goes by."""
+    """The layer's options that a step goes by, and whether it is held."""
 
     eps: float
     momentum: float | None
     warmup: int
     renorm_warmup: int
     max_ratio: float
+    held: bool = False
+
+    @property
+    def moves(self) -> bool:
+        """Whether a step may move anything."""
+        return self.momentum != 0 and not self.held
 
     def size(self, num_batches: Number) -> Number:
         """Return 1 over the weight of the batch after so many others in running_var."""
@@ -53,6 +59,9 @@ class State(NamedTuple):
         scales: of shape (m, 2, C), the variance and the ratio that each step normalized with.
         gradient_steps: of shape (m,), the step whose backward came last to each slot.
         num_steps: of shape (), the steps so far.
+        held_scales: of shape (m, 3, C), what held forwards normalized with: no part of the
+            layer's buffers, and None for a layer that has never been held.
+        held_steps: of shape (m,), their steps; see :func:`remember_held`.
     """
 
     running_var: Tensor
@@ -61,6 +70,8 @@ class State(NamedTuple):
     scales: Tensor
     gradient_steps: Tensor
     num_steps: Tensor
+    held_scales: Tensor | None = None
+    held_steps: Tensor | None = None
 
 
 def take_step(
@@ -69,8 +80,9 @@ def take_step(
     """Take a batch in; return what it is normalized with, and its number of values if not x's own.
 
     A batch that is not finite, or would make the state so, is normalized by itself and does not
-    count. With momentum 0 nothing moves. A forward that runs inside a backward pass is one that
-    activation checkpointing runs again: it gets what it got the first time, and moves nothing.
+    count. With momentum 0, and where the layer is held, nothing moves. A forward that runs inside
+    a backward pass is one that activation checkpointing runs again: it gets what it got the first
+    time, and moves nothing.
     """
     x, dtype = x.detach(), state.mean_squares.dtype
     if batch is None and on_host(x) and not in_backward_pass():
@@ -97,16 +109,20 @@ def _take_step(
     scales: Tensor,
     gradient_steps: Tensor,
     num_steps: Tensor,
+    held_scales: Tensor | None,
+    held_steps: Tensor | None,
     chi: Tensor,
     eps: float,
     momentum: float | None,
     warmup: int,
     renorm_warmup: int,
     max_ratio: float,
+    held: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take a step where what sees operators would not see what Python decides."""
-    state = State(running_var, num_batches, mean_squares, scales, gradient_steps, num_steps)
-    options = Options(eps, momentum, warmup, renorm_warmup, max_ratio)
+    history = mean_squares, scales, gradient_steps, num_steps, held_scales, held_steps
+    state = State(running_var, num_batches, *history)
+    options = Options(eps, momentum, warmup, renorm_warmup, max_ratio, held)
     if on_host(chi) and not (in_backward_pass() and momentum != 0):
         return _take_step_on_host(state, chi.numpy(), options)
     return _take_step_on_device(state, chi, options)
@@ -121,8 +137,12 @@ def _take_step_on_device(state: State, chi: Tensor, options: Options) -> Scale:
     step = step * counted
     if options.momentum == 0:
         return Scale(var, ratio, step)
-    history = state.mean_squares, state.scales, state.gradient_steps, state.num_steps
+    held = state.held_scales, state.held_steps
+    history = state.mean_squares, state.scales, state.gradient_steps, state.num_steps, *held
     var, ratio, step, counted = recall_if_repeated(var, ratio, step, counted, chi, *history)
+    if options.held:
+        remember_held(*held, chi, Scale(var, ratio, step), counted)
+        return Scale(var, ratio, step)
     for buffer, value in zip(state, new, strict=True):
         if buffer is not None and value is not None and value is not buffer:
             buffer.copy_(torch.where(counted, value, buffer))
@@ -153,12 +173,12 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
         scales=torch.where(slot[:, None, None], torch.stack((var, ratio)), state.scales),
         num_steps=step,
     )
-    return new, Scale(var, ratio, step if options.momentum != 0 else -step)
+    return new, Scale(var, ratio, step if options.moves else -step)
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
 def _take_step_on_host(state: State, chi: NDArray[Any], options: Options) -> Scale:
-    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.momentum != 0
+    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.moves
     chi = chi.astype(ring.dtype, copy=False)
     if not math.isfinite(chi.sum()):
         return _itself(state, chi)
@@ -180,7 +200,11 @@ def _take_step_on_host(state: State, chi: NDArray[Any], options: Options) -> Sca
         ratio = np.ones_like(var)
     scale = Scale(torch.from_numpy(var), torch.from_numpy(ratio), state.num_steps + 1)
     if not moves:
-        return scale._replace(step=-scale.step)
+        scale = scale._replace(step=-scale.step)
+        if options.momentum != 0:
+            held = state.held_scales, state.held_steps
+            remember_held(*held, torch.from_numpy(chi), scale)
+        return scale
     if not _follow_on_host(state, scale.var, options):
         ring[slot] = before
         return _itself(state, chi)
@@ -217,7 +241,7 @@ def _follow_on_host(state: State, var: Tensor, options: Options) -> bool:
 
 
 def _step_shapes(*state_and_options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    num_steps, chi = state_and_options[5:7]
+    num_steps, chi = state_and_options[5], state_and_options[8]
     return torch.empty_like(chi), torch.empty_like(chi), torch.empty_like(num_steps)
 
 
@@ -226,4 +250,5 @@ _STEP = register(
     _take_step,
     _step_shapes,
     *("running_var", "num_batches", "mean_squares", "scales", "num_steps"),
+    *("held_scales", "held_steps"),
 )
