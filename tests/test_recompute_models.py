@@ -279,7 +279,7 @@ def test_a_layer_in_evaluation_mode_in_a_model_that_trains_is_left_alone_and_nam
     result = bnstats.recompute_population_stats(model, data, method=method)
     assert [*result.after] == ["1", "8"]
     assert result.after.frozen == ("5",)
-    assert "left alone, in evaluation mode while the model trains: '5'" in str(result)
+    assert "left alone, frozen or in evaluation mode while the model trains: '5'" in str(result)
     assert torch.equal(model[5].running_mean, before[0])
     assert torch.equal(model[5].running_var, before[1])
     assert not model[5].training
@@ -307,6 +307,6 @@ def test_a_model_of_frozen_layers_alone_is_a_warning_that_says_so():
     model, data = trained(), uneven()
     for i in (1, 5, 8):
         model[i].eval()
-    with pytest.warns(BnstatsWarning, match="all 3 .* in evaluation mode while the model trains"):
+    with pytest.warns(BnstatsWarning, match="all 3 .* frozen, or in evaluation mode"):
         result = bnstats.recompute_population_stats(model, data)
     assert len(result.after) == 0

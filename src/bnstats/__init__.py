@@ -12,6 +12,8 @@ The map:
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
   population statistics of its data; :func:`measure_population_stats` only measures.
 - :func:`hold_statistics`: training forwards that move no statistics.
+  :func:`freeze_statistics`: layers that normalize with theirs whatever mode the model is in,
+  until :func:`thaw_statistics`.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
   :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
@@ -29,6 +31,7 @@ from bnstats.diagnose import (
     record_batch_stats,
 )
 from bnstats.errors import BnstatsError, BnstatsWarning
+from bnstats.freezing import freeze_statistics, thaw_statistics
 from bnstats.holding import hold_statistics
 from bnstats.layers import (
     CenteredConv1d,
@@ -90,6 +93,7 @@ __all__ = [
     "RunningStats",
     "convert_batchnorm",
     "estimate_running_error",
+    "freeze_statistics",
     "hold_statistics",
     "masked",
     "measure_population_stats",
@@ -98,6 +102,7 @@ __all__ = [
     "recompute_population_stats",
     "record_batch_stats",
     "revert_batchnorm",
+    "thaw_statistics",
 ]
 
 __version__ = "0.1.0"

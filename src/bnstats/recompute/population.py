@@ -29,8 +29,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         layers: the statistics by layer name.
         method: how they were taken; see :func:`bnstats.recompute_population_stats`.
         num_skipped: batches left out because their statistics were not finite.
-        frozen: names of layers that were left alone, as they were in evaluation mode in a model
-            that trains.
+        frozen: names of layers that were left alone, as they were frozen, or in evaluation mode
+            in a model that trains.
 
     Example:
         >>> import torch, bnstats
@@ -222,7 +222,7 @@ class Recalibration:
             head += f", {skipped} batches with non-finite statistics skipped"
         if frozen := self.after.frozen:
             names = ", ".join(map(repr, frozen))
-            head += f"\nleft alone, in evaluation mode while the model trains: {names}"
+            head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
         if self.after.stderr_is_conditional:
             head += "\nstandard errors are given the statistics of earlier layers"
         return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head

@@ -65,8 +65,8 @@ def recompute_population_stats(
     model is bit for bit as it was; the running statistics are written at the end, in place.
     Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
-    A layer that is in evaluation mode while the model trains was frozen: it is left alone, and
-    the result names it in ``frozen``.
+    A layer that is frozen, by :func:`bnstats.freeze_statistics` or as it is in evaluation mode
+    while the model trains, is left alone, and the result names it in ``frozen``.
 
     What each layer normalizes with while its statistics are taken is the method's choice:
 
@@ -265,8 +265,8 @@ def _measure(
     if not task.layers:
         if task.frozen:
             warn(
-                f"all {len(task.frozen)} BatchNorm layers are in evaluation mode while the model "
-                f"trains, and are left alone: {first_names(task.frozen)}"
+                f"all {len(task.frozen)} BatchNorm layers are frozen, or in evaluation mode while "
+                f"the model trains, and are left alone: {first_names(task.frozen)}"
             )
         else:
             warn(no_batchnorm(task.model, options.include))

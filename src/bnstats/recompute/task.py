@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
 from bnstats.recompute.batches import (
     DefaultForward,
@@ -57,7 +58,7 @@ class Task:
     Attributes:
         model: the unwrapped model.
         layers: the chosen layers.
-        frozen: names of layers left alone, in evaluation mode while the model trains.
+        frozen: names of layers left alone: frozen, or in evaluation mode while the model trains.
         loader: gives batches.
         forward: from a batch to a forward of the model.
         device: where batches go.
@@ -171,7 +172,7 @@ def prepare(
     check_loader(loader, method)
     check_mergeable(method, peers)
     layers = named_batchnorms(inner, options.include)
-    frozen = tuple(name for name, x in layers.items() if inner.training and not x.training)
+    frozen = frozen_layers(inner, layers)
     chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
     check_sharding(inner, chosen, method)
     forward: Callable[[Any], Any] = (
