@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
+import held_layers
 import replicated_layers
 import sharded_layers
 from bnstats.distributed import Peers
@@ -408,6 +409,7 @@ def statistics_in_dtensors_are_refused(rank, world):
 
 
 SCENARIOS = {
+    **held_layers.SCENARIOS,
     **replicated_layers.SCENARIOS,
     **sharded_layers.SCENARIOS,
     **{
