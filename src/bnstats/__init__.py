@@ -10,7 +10,8 @@ The map:
   in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`masked`: let padding count for nothing, in all layers of a model.
 - :func:`recompute_population_stats`: replace a trained model's running statistics by the
-  population statistics of its data; :func:`measure_population_stats` only measures.
+  population statistics of its data; :func:`measure_population_stats` only measures, and
+  :func:`observe` does so in forwards that you run.
 - :func:`hold_statistics`: training forwards that move no statistics.
   :func:`freeze_statistics`: layers that normalize with theirs whatever mode the model is in,
   until :func:`thaw_statistics`.
@@ -56,10 +57,12 @@ from bnstats.moments import Moments
 from bnstats.recompute import (
     Drift,
     LayerStats,
+    Observation,
     PopulationStats,
     Recalibration,
     RunningStats,
     measure_population_stats,
+    observe,
     recompute_population_stats,
 )
 
@@ -87,6 +90,7 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "Observation",
     "PopulationStats",
     "Recalibration",
     "RunningError",
@@ -97,6 +101,7 @@ __all__ = [
     "hold_statistics",
     "masked",
     "measure_population_stats",
+    "observe",
     "plot_batch_stats",
     "plot_drift",
     "recompute_population_stats",

@@ -2,15 +2,18 @@
 
 from bnstats.recompute.drift import Drift
 from bnstats.recompute.layer_stats import LayerStats, RunningStats
+from bnstats.recompute.observing import Observation, observe
 from bnstats.recompute.population import PopulationStats, Recalibration
 from bnstats.recompute.run import measure_population_stats, recompute_population_stats
 
 __all__ = [
     "Drift",
     "LayerStats",
+    "Observation",
     "PopulationStats",
     "Recalibration",
     "RunningStats",
     "measure_population_stats",
+    "observe",
     "recompute_population_stats",
 ]

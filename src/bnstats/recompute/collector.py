@@ -81,6 +81,10 @@ class Collector:
         self._num_batches += 1
         self._moments = {}
 
+    def estimate(self) -> Estimate:
+        """Return what this process alone has collected, as a sample from something larger."""
+        return self._estimator.estimate()
+
     def empty_state(self) -> Tensor:
         """Return a tensor like every state, which takes no memory."""
         num_rows = len(self._estimator.state())

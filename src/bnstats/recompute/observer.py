@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -147,24 +148,30 @@ def observed(
     layers = list(layers)
     training = [(module, module.training) for module in model.modules()]
     buffers = [(x.module, x.running_mean, x.running_var) for x in layers]
-    hooks = []
     try:
         for module, _ in training:
             module.training = False
-        for layer, (module, mean, var) in zip(layers, buffers, strict=True):
+        for module, mean, var in buffers:
             # A layer may also be reached without its hooks, and is then what it is in evaluation.
             module.running_mean, module.running_var = mean.clone(), var.clone()
-            hook = _pre_hook(layer, on_input)
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        with torch.no_grad(), _eager():
+        with hooked(layers, on_input), torch.no_grad(), eager():
             yield
     finally:
-        for handle in hooks:
-            handle.remove()
         for module, mean, var in buffers:
             module.running_mean, module.running_var = mean, var
         for module, was_training in training:
             module.training = was_training
+
+
+@contextmanager
+def hooked(layers: Iterable[ObservedLayer], on_input: OnInput) -> Iterator[None]:
+    """Call back with each input of the layers."""
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = _pre_hook(layer, on_input)
+            handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
@@ -181,9 +188,31 @@ def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
     return hook
 
 
-def _eager() -> AbstractContextManager[Any]:
-    """Let compiled parts run as written: compiled code need not notice new hooks."""
+_stance = ExitStack()
+"""Holds the compiler's stance while a context wants it."""
+
+_wanting: list[object] = []
+_lock = Lock()
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Let compiled parts run as written: compiled code need not notice new hooks.
+
+    Contexts may end in any order.
+    """
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    context = object()
+    with _lock:
+        if not _wanting:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _wanting.append(context)
+    try:
+        yield
+    finally:
+        with _lock:
+            _wanting.remove(context)
+            if not _wanting:
+                _stance.close()

@@ -21,19 +21,19 @@ from bnstats.traversal import Include
 class Options:
     """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
 
-    method: str
-    forward: Forward | None
-    device: torch.device | str | None
-    max_batches: int | None
-    tolerance: float | None
-    include: Include | None
-    correction: int
-    on_nonfinite: str
-    sync: Sync
-    progress: bool
-    memory_limit: int | None
-    mask: Callable[[Any], Tensor] | None
-    downsample: Downsample
+    method: str = "pooled"
+    forward: Forward | None = None
+    device: torch.device | str | None = None
+    max_batches: int | None = None
+    tolerance: float | None = None
+    include: Include | None = None
+    correction: int = 1
+    on_nonfinite: str = "raise"
+    sync: Sync = None
+    progress: bool = False
+    memory_limit: int | None = None
+    mask: Callable[[Any], Tensor] | None = None
+    downsample: Downsample = None
 
 
 def check_options(options: Options) -> None:
