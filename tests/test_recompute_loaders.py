@@ -227,3 +227,26 @@ def test_what_leaves_a_device_is_waited_for():
 def test_namedtuples_and_mappings_keep_what_is_no_tensor():
     batch = SimpleNamespace(x=1)
     assert move_to([batch, {"a": (torch.ones(2), "b")}], "meta")[0] is batch
+
+
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_a_loop_over_persistent_workers_goes_on_after_a_measurement_from_the_same_loader(method):
+    data = TensorDataset(torch.arange(24.0).reshape(24, 1))
+    loader = DataLoader(data, 2, num_workers=2, persistent_workers=True)
+    for _ in range(2):
+        seen = []
+        for index, (batch,) in enumerate(loader):
+            seen += batch.flatten().tolist()
+            if index == 3:
+                stats = bnstats.measure_population_stats(nn.BatchNorm1d(1), loader, method=method)
+                assert stats[""].count == 24
+        assert seen == list(range(24))
+
+
+def test_persistent_workers_at_rest_are_used_again():
+    loader = DataLoader(TensorDataset(torch.randn(8, 1)), 2, num_workers=1, persistent_workers=True)
+    for _ in loader:
+        pass
+    workers = [worker.pid for worker in loader._iterator._workers]
+    bnstats.measure_population_stats(nn.BatchNorm1d(1), loader)
+    assert [worker.pid for worker in loader._iterator._workers] == workers

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.data import DataLoader
 
 
 def in_backward_pass() -> bool:
@@ -102,3 +105,19 @@ def version(tensor: Tensor) -> float:
     Inference tensors count none: NaN, which equals no other.
     """
     return float("nan") if tensor.is_inference() else tensor._version
+
+
+def apart_from_other_readers(loader: Any) -> Any:
+    """Return a loader of the same batches whose reading disturbs nobody who reads this one.
+
+    A DataLoader with persistent workers keeps one iterator. A second loop over it starts that
+    iterator again, and the first loop ends with what its workers had already sent (12 of 24
+    samples). Whether a loop is underway, and how to have an iterator of one's own, no public
+    name says. A copy has workers of its own, which end with it.
+    """
+    iterator = vars(loader).get("_iterator") if isinstance(loader, DataLoader) else None
+    if iterator is None or iterator._rcvd_idx >= iterator._send_idx:
+        return loader
+    mine = copy.copy(loader)
+    mine._iterator = None
+    return mine

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, Mask, check_mask
+from bnstats.private import apart_from_other_readers
 from bnstats.recompute.observer import use_mask
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -82,8 +83,9 @@ class Reader:
         known = [x for x in (self.length, self._max_batches) if x is not None]
         total = min(known, default=None)
         bar = tqdm(total=total, desc="batch-norm statistics", disable=not self._progress)
+        loader = apart_from_other_readers(self._loader)
         with bar:
-            for batch in islice(self._loader, self._max_batches):
+            for batch in islice(loader, self._max_batches):
                 yield move_to(batch, self._device)
                 bar.update()
 

@@ -20,9 +20,10 @@ from bnstats.recompute.batches import BatchCounts
 from bnstats.recompute.collector import Collector, one_pass
 from bnstats.recompute.estimators import Pooled
 from bnstats.recompute.observer import LayerMoments, ObservedLayer, eager, hooked
+from bnstats.recompute.options import Options
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import population_stats
-from bnstats.recompute.task import Method, Options, Task
+from bnstats.recompute.task import Method, Task
 from bnstats.traversal import Include, named_batchnorms, no_batchnorm, unwrap
 
 _METHOD = Method("pooled", one_pass, Pooled)
