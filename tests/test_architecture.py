@@ -21,7 +21,7 @@ FLOORS = [
     {"convert", "recompute"},
     {"diagnose"},
     {""},
-    {"cli"},
+    {"cli", "integrations"},
     {"__main__"},
 ]
 

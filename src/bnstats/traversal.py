@@ -51,6 +51,17 @@ def inner_key(module: nn.Module) -> str | None:
     for key in _OWN_KEYS:
         if key in module._modules:
             return key
+    return _average_key(module)
+
+
+def is_average(value: object) -> bool:
+    """Whether this is an average of a model's weights, of a known class."""
+    if isinstance(value, nn.Module):
+        return isinstance(value, AveragedModel) or _average_key(value) is not None
+    return False
+
+
+def _average_key(module: nn.Module) -> str | None:
     for cls in type(module).__mro__:
         found = _AVERAGES.get((cls.__module__.partition(".")[0], cls.__name__))
         if found is not None and module._modules.get(found) is not None:

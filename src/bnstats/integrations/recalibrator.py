@@ -1,0 +1,152 @@
+"""What the callbacks of all trainers share: how often, of which models, from which data."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
+
+from bnstats.errors import InvalidValueError, nearest
+from bnstats.private import apart_from_other_readers
+from bnstats.recompute import Recalibration, recompute_population_stats
+from bnstats.traversal import Include
+
+DEFAULTS = {"max_batches": 200, "tolerance": 0.01}
+"""At most as many batches as fvcore and detectron2 take, and fewer where fewer are enough."""
+
+
+class Recalibrator:
+    """The base of a trainer's callback, beside that of its framework.
+
+    Args:
+        every_n_epochs: how often; None for at the end of training alone.
+        loader: what to read in place of the trainer's own.
+        averaged_models: averages of the model's weights, recalibrated with it.
+        options: of :func:`bnstats.recompute_population_stats`.
+
+    Attributes:
+        result: of the last recalibration of the model itself; None before the first.
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = 1,
+        *,
+        loader: Iterable[Any] | None = None,
+        averaged_models: Iterable[nn.Module] = (),
+        **options: Any,
+    ) -> None:
+        known = [*inspect.signature(recompute_population_stats).parameters][2:]
+        for name in options:
+            if name not in known:
+                raise InvalidValueError(
+                    f"RecalibrateBatchNorm has no option {name!r}; the nearest is "
+                    f"{nearest(name, known)!r}"
+                )
+        if every_n_epochs is not None and every_n_epochs < 1:
+            raise InvalidValueError(
+                f"every_n_epochs: expected 1 or more, or None, got {every_n_epochs!r}"
+            )
+        self.every_n_epochs = every_n_epochs
+        self.result: Recalibration | None = None
+        self._loader = loader
+        self._averaged_models = tuple(averaged_models)
+        self._options = {**DEFAULTS, **options}
+        self._state: Hashable = None
+
+    def _is_due(self, epochs: int, *, ends: bool) -> bool:
+        """Whether to recalibrate after so many epochs; always where the training ends."""
+        return ends or (self.every_n_epochs is not None and epochs % self.every_n_epochs == 0)
+
+    def _recalibrate(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        state: Hashable,
+        averages: Iterable[nn.Module] = (),
+    ) -> None:
+        """Recalibrate the model and its averages, unless that was done in this state.
+
+        Random numbers are drawn as if nothing had been read: the training goes on as without.
+
+        Args:
+            model: what is being trained.
+            loader: the trainer's.
+            state: tells one state of the weights from another.
+            averages: of its weights, beside those that the user named.
+        """
+        averages = dict.fromkeys((*self._averaged_models, *averages))
+        # AveragedModel counts what went into it; it may change while the weights do not.
+        counts = [int(x.n_averaged) for x in averages if isinstance(x, AveragedModel)]
+        if self._state == (state := (state, *counts)):
+            return
+        options = dict(self._options)
+        with _random_numbers_kept(loader):
+            self.result = recompute_population_stats(model, loader, **options)
+            options["include"] = _leaving(self.result.after.frozen, options.get("include"))
+            for average in averages:
+                recompute_population_stats(average, loader, **options)
+        self._state = state
+
+
+class Batches:
+    """A loader's batches, each as a trainer hands it to its model.
+
+    Args:
+        loader: the trainer's.
+        prepare: what the trainer does to a batch.
+        limit: how many batches of it the trainer uses, infinity for all.
+    """
+
+    def __init__(
+        self, loader: Iterable[Any], prepare: Callable[[Any], Any], limit: float = math.inf
+    ) -> None:
+        self.loader, self._prepare, self._limit = loader, prepare, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        limit = None if math.isinf(self._limit) else int(self._limit)
+        return map(self._prepare, islice(apart_from_other_readers(self.loader), limit))
+
+    def __len__(self) -> int:
+        return int(min(len(self.loader), self._limit))  # type: ignore[arg-type]
+
+
+def _leaving(frozen: tuple[str, ...], include: Include | None) -> Include:
+    """Return a choice without these layers: an average does not know what trains and what not."""
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        if name in frozen:
+            return False
+        return isinstance(module, _BatchNorm) if include is None else include(name, module)
+
+    return chosen
+
+
+@contextmanager
+def _random_numbers_kept(loader: Any) -> Iterator[None]:
+    """Put the generators that loaders and augmentations draw from back to where they were."""
+    loader = loader.loader if isinstance(loader, Batches) else loader
+    owners = (loader, getattr(loader, "sampler", None))
+    own = [x for x in (getattr(owner, "generator", None) for owner in owners) if x is not None]
+    states = [generator.get_state() for generator in own]
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for generator, before in zip(own, states, strict=True):
+            generator.set_state(before)
