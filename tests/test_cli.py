@@ -132,12 +132,12 @@ def test_too_few_pictures_for_a_gradient_are_said(tmp_path, capsys, monkeypatch)
 def test_a_missing_extra_is_named_with_the_remedy(missing, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "bnstats.cli.figure", raising=False)
-    assert main(["demo", "--output", str(tmp_path / "x.png")]) == 1
+    assert main(["demo", "--output", str(tmp_path / "x.png")]) == 2
     assert "pip install 'bnstats[demo]'" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_said_before_training(tmp_path, capsys):
-    assert main(["demo", "--output", str(tmp_path / "missing" / "x.png")]) == 1
+    assert main(["demo", "--output", str(tmp_path / "missing" / "x.png")]) == 2
     out, err = capsys.readouterr()
     assert "missing" in err
     assert "convolutional" not in err + out
@@ -153,7 +153,7 @@ def test_a_folder_that_is_not_there_is_said_before_training(tmp_path, capsys):
     ],
 )
 def test_what_the_demo_cannot_do_is_said_before_training(arguments, says, capsys):
-    assert main(["demo", *arguments]) == 1
+    assert main(["demo", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 

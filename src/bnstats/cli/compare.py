@@ -1,53 +1,114 @@
-"""``bnstats compare``: how far one file's statistics are from another's."""
+"""``bnstats compare``: how far one file's statistics are from another's.
+
+Each is a checkpoint or a statistics file, in any combination.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnstats import PopulationStats, RunningStats
-from bnstats.cli.checkpoints import Checkpoint
+import torch
+
+from bnstats import Drift, LayerStats, PopulationStats, RunningStats
+from bnstats.cli.checkpoints import Checkpoint, common_prefixes
 from bnstats.errors import LayerMismatchError
-from bnstats.recompute.drift import compare, table
+from bnstats.recompute.drift import compare, table, worst_first
 from bnstats.recompute.files import is_stats_file
+from bnstats.traversal import first_names
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its options."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "compare",
-        help="how far a checkpoint, or a statistics file, is from a statistics file",
+        help="how far a checkpoint or a statistics file is from another",
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint or statistics file")
-    parser.add_argument("stats", type=Path, metavar="STATS", help="the statistics to compare with")
+    parser.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
+    parser.add_argument("--key", help="of FILE's state dict, if it is a checkpoint")
+    parser.add_argument("--other-key", metavar="KEY", help="of OTHER's")
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Load both and print a table."""
-    population = PopulationStats.load(options.stats)
-    running = _running_stats(options.file, population)
-    for name, stats in population.items():
-        if running[name].mean.numel() != stats.num_features:
-            raise LayerMismatchError(
-                f"layer '{name}' has {running[name].mean.numel()} channels in {options.file} and "
-                f"{stats.num_features} in {options.stats}"
-            )
-    print(f"{len(population)} BatchNorm layers: {options.file} against {options.stats}\n")
-    print(table(population, compare({name: running[name] for name in population}, population)))
+    other = _load(options.other, options.other_key)
+    mine = _aligned(_load(options.file, options.key), other, options)
+    print(f"{len(other)} BatchNorm layers: {options.file} against {options.other}\n")
+    if isinstance(other, PopulationStats):
+        print(table(other, compare(mine, other)))
+    else:
+        print(_without_errors(compare(mine, {name: _known(x) for name, x in other.items()})))
 
 
-def _running_stats(path: Path, population: PopulationStats) -> Mapping[str, RunningStats]:
-    if not is_stats_file(path):
-        return Checkpoint.load(path).running_stats(population)
-    stats = PopulationStats.load(path)
-    if stats.keys() != population.keys():
-        only = [*(stats.keys() ^ population.keys())]
+def _load(path: Path, key: str | None) -> PopulationStats | dict[str, RunningStats]:
+    if is_stats_file(path) or path.suffix == ".npz":
+        return PopulationStats.load(path)
+    stats = Checkpoint.load(path, key).running_stats()
+    if not stats:
+        raise LayerMismatchError(f"{path} has no running statistics of any layer")
+    return stats
+
+
+def _aligned(
+    mine: Mapping[str, Any], other: Mapping[str, Any], options: argparse.Namespace
+) -> dict[str, RunningStats]:
+    """Return the first file's statistics under the other's names.
+
+    Names may have something before them that the other's have not, a wrapper's key for one.
+    """
+    taken = None
+    for prefix in common_prefixes(other, mine):
+        taken = {name: mine[prefix + name] for name in other}
+    for prefix in common_prefixes(mine, other):
+        if len(mine) == len(other):
+            taken = {name: mine[name.removeprefix(prefix)] for name in other}
+    both_measured = isinstance(mine, PopulationStats) and isinstance(other, PopulationStats)
+    if taken is None or (both_measured and len(mine) != len(other)):
+        missing = [name for name in other if name not in mine]
+        left = [name for name in mine if name not in other]
         raise LayerMismatchError(
-            f"{path}: these layers are in one of the two files alone: "
-            + ", ".join(map(repr, sorted(only)))
+            "not the same layers: "
+            + "; ".join(
+                f"{first_names(names)} in {path} alone"
+                for names, path in ((left, options.file), (missing, options.other))
+                if names
+            )
         )
-    return {name: RunningStats(layer.mean, layer.var) for name, layer in stats.items()}
+    for name, stats in taken.items():
+        if stats.mean.numel() != other[name].mean.numel():
+            raise LayerMismatchError(
+                f"layer '{name}' has {stats.mean.numel()} channels in {options.file} and "
+                f"{other[name].mean.numel()} in {options.other}"
+            )
+    return {name: RunningStats(stats.mean, stats.var) for name, stats in taken.items()}
+
+
+def _known(running: RunningStats) -> LayerStats:
+    """Return what a checkpoint knows of a layer, and NaN for the rest, which is not shown."""
+    unknown = torch.full(running.mean.shape, math.nan, dtype=torch.float64)
+    return LayerStats(1, 1, running.mean.double(), running.var.double(), unknown, unknown)
+
+
+def _without_errors(drifts: Mapping[str, Drift]) -> str:
+    """Return a table of what two checkpoints say: nothing of values and standard errors."""
+    width = max(len("layer"), *map(len, drifts))
+    lines = [
+        f"{'layer':<{width}}  {'channels':>8}  {'mean shift, sd':>20}  {'var ratio':>20}  "
+        f"{'KL, nats':>9}",
+        f"{'':<{width}}  {'':>8}  {'rms':>9}  {'worst':>9}  {'least':>9}  {'most':>9}  {'mean':>9}",
+    ]
+    for name in worst_first(drifts):
+        shift, ratio, kl = drifts[name]
+        numbers = (
+            shift.square().mean().sqrt(), shift.abs().max(), ratio.min(), ratio.max(), kl.mean(),
+        )  # fmt: skip
+        columns = "  ".join(f"{float(x):>9.3g}" for x in numbers)
+        lines.append(f"{name:<{width}}  {len(shift):>8}  {columns}")
+    return "\n".join(lines)
