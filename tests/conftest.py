@@ -11,6 +11,8 @@ from hypothesis import settings
 import paths
 from substitute import substitute as substitute_device
 
+collect_ignore_glob = ["recipes/*"]  # test_recipes.py runs them
+
 # The same examples in every run; a busy machine is no failure.
 settings.register_profile("bnstats", deadline=None, derandomize=True)
 settings.load_profile("bnstats")
