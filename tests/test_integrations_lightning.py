@@ -284,6 +284,21 @@ def test_several_training_loaders_are_asked_about(tmp_path):
     fit(tmp_path, RecalibrateBatchNorm(loader=loaders["a"]), model=model, data=loaders)
 
 
+def test_a_module_without_forward_is_asked_for_one_before_the_training(tmp_path):
+    class Stepping(type(trainers.lightning_module())):
+        forward = lightning.LightningModule.forward
+
+        def training_step(self, batch, _):
+            return self.net(batch[0]).sum()
+
+    with pytest.raises(InvalidTypeError, match=r"Stepping has no forward: pass forward=lambda"):
+        fit(tmp_path, RecalibrateBatchNorm(), model=Stepping())
+    model = Stepping()
+    callback = RecalibrateBatchNorm(forward=lambda module, batch: module.net(batch[0]), **WHOLE)
+    fit(tmp_path, callback, model=model)
+    assert_recalibrated(trainers.statistics(model), with_state(model.state_dict()))
+
+
 def test_mistakes_are_told_before_the_training():
     with pytest.raises(InvalidValueError, match="no option 'methd'; the nearest is 'method'"):
         RecalibrateBatchNorm(methd="pooled")

@@ -7,10 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 try:
-    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch import Callback, LightningModule
 except ImportError:  # the same under the name that it is published under as well
     try:
-        from pytorch_lightning.callbacks import Callback  # type: ignore[no-redef, unused-ignore]
+        from pytorch_lightning import (  # type: ignore[no-redef, unused-ignore]
+            Callback,
+            LightningModule,
+        )
     except ImportError as error:
         raise ImportError(
             "bnstats.integrations.lightning needs Lightning: pip install lightning"
@@ -48,7 +51,8 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
 
     Raises:
         InvalidValueError: an unknown option.
-        InvalidTypeError: when the trainer has several training loaders, and none was passed.
+        InvalidTypeError: at the start of a training with several loaders, of which none was
+            passed, or of a module without ``forward``, where none was passed either.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -64,8 +68,14 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
         trainer.callbacks = [*others, self, *last]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what cannot be read, now rather than after an epoch."""
+        """Refuse what cannot be read or run, now rather than after an epoch."""
         self._state = None
+        has_none = getattr(type(pl_module), "forward", None) is LightningModule.forward
+        if has_none and self._options.get("forward") is None:
+            raise InvalidTypeError(
+                f"RecalibrateBatchNorm calls the module on a batch, and {type(pl_module).__name__} "
+                "has no forward: pass forward=lambda module, batch: module.net(batch[0]), for one"
+            )
         self._batches(trainer, pl_module)
 
     def on_train_batch_end(
