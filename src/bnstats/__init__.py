@@ -56,6 +56,7 @@ from bnstats.layers import (
 from bnstats.moments import Moments
 from bnstats.recompute import (
     Drift,
+    DriftReport,
     LayerStats,
     Observation,
     PopulationStats,
@@ -79,6 +80,7 @@ __all__ = [
     "CumulativeBatchNorm2d",
     "CumulativeBatchNorm3d",
     "Drift",
+    "DriftReport",
     "EMABatchNorm",
     "EMABatchNorm1d",
     "EMABatchNorm2d",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.formatting import describe
 from bnstats.reduction import mean_and_m2, wide_dtype
 
 Number: TypeAlias = float | Tensor
@@ -118,7 +119,7 @@ def merge_all(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, 
     return total, merged, (m2 + between).sum(0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moments:
     """Number, mean and sum of squared deviations of the values of each channel.
 
@@ -155,6 +156,10 @@ class Moments:
                 "Moments: expected mean and m2 of one shape (C,), got "
                 f"{tuple(self.mean.shape)} and {tuple(self.m2.shape)}"
             )
+
+    def __repr__(self) -> str:
+        count = int(self.count) if self.count.dim() == 0 and not self.count.is_meta else self.count
+        return describe("Moments", {"count": count, "mean": self.mean, "m2": self.m2})
 
     @property
     def num_features(self) -> int:

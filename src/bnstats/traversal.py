@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from bnstats.errors import InvalidTypeError, UnknownLayerError
+from bnstats.formatting import describe_mapping
 
 T = TypeVar("T")
 
@@ -27,6 +28,9 @@ class ByLayer(dict[str, T]):
 
     def __missing__(self, name: str) -> NoReturn:
         raise UnknownLayerError(name, self)
+
+    def __repr__(self) -> str:
+        return describe_mapping(self)
 
 
 _SHARDED = "_fsdp_wrapped_module"

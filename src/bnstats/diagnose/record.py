@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
+from bnstats.formatting import describe_mapping
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
 from bnstats.reduction import count_positions, masked_mean_and_m2, mean_and_m2
@@ -84,6 +85,10 @@ class LayerRecord:
     def psi(self) -> Tensor:  # noqa: D102
         return self._stack([row.psi for row in self.iterations])
 
+    def __repr__(self) -> str:
+        channels = len(self.iterations[0].normalization.mean) if self.iterations else "unknown"
+        return f"LayerRecord({self.name!r}, iterations={len(self)}, channels={channels})"
+
     def _stack(self, rows: list[Tensor]) -> Tensor:
         if not rows:
             raise InvalidValueError(
@@ -101,7 +106,9 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
         >>> with bnstats.record_batch_stats(model) as record:
         ...     _ = model(torch.randn(4, 1))
         >>> record
-        BatchStatsRecord(iterations of {0: 1, 1: 1})
+        BatchStatsRecord of 2 layers
+        {'0': LayerRecord('0', iterations=1, channels=1),
+         '1': LayerRecord('1', iterations=1, channels=1)}
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
@@ -119,8 +126,7 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        lengths = ", ".join(f"{name}: {len(layer)}" for name, layer in self._layers.items())
-        return f"BatchStatsRecord(iterations of {{{lengths}}})"
+        return f"BatchStatsRecord of {len(self)} layers\n{describe_mapping(self)}"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.formatting import describe
 from bnstats.recompute import LayerStats, PopulationStats
 from bnstats.recompute.layer_stats import with_eps
 from bnstats.traversal import ByLayer
@@ -38,6 +39,9 @@ class RunningError(NamedTuple):
     effective_batches: float
     mean_shift: Tensor
     var_ratio: Tensor
+
+    def __repr__(self) -> str:
+        return describe("RunningError", self._asdict())
 
 
 def estimate_running_error(

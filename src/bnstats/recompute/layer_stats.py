@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
+from bnstats.formatting import describe
 from bnstats.moments import Moments
 from bnstats.recompute.spread import change
 
 _TENSORS = ("mean", "var", "mean_stderr", "var_stderr", "mean_var_cov", "spread")
+_UNSHOWN = ("mean_var_cov", "spread")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerStats:
     """Population statistics of one layer's input; tensors are float64, of shape (C,).
 
@@ -73,6 +75,10 @@ class LayerStats:
                 raise InvalidValueError(
                     f"LayerStats: {name}: expected shape {expected}, got {tuple(value.shape)}"
                 )
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if name not in _UNSHOWN}
+        return describe("LayerStats", shown)
 
     def check_values(self) -> None:
         """Refuse what no measurement gives: negative, complex, not finite, out of range.
@@ -211,6 +217,9 @@ class RunningStats(NamedTuple):
 
     mean: Tensor
     var: Tensor
+
+    def __repr__(self) -> str:
+        return describe("RunningStats", self._asdict())
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> RunningStats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,10 +16,13 @@ from bnstats.errors import (
     UnknownLayerError,
     nearest,
 )
+from bnstats.formatting import MAX_ROWS, extent, html_table, remainder, text_table
 from bnstats.recompute import files
-from bnstats.recompute.drift import Drift, compare, table, worst_first
+from bnstats.recompute.drift import DriftReport, compare
 from bnstats.recompute.layer_stats import LayerStats, RunningStats, write_all
 from bnstats.traversal import first_names, named_batchnorms, num_features
+
+_TITLES = ["layer", "channels", "values", "batches", "mean", "variance"]
 
 
 class PopulationStats(Mapping[str, LayerStats]):
@@ -77,9 +80,27 @@ class PopulationStats(Mapping[str, LayerStats]):
         """
         return self.method in ("layerwise", "sweeps")
 
+    @property
+    def _heading(self) -> str:
+        layers = "1 BatchNorm layer" if len(self) == 1 else f"{len(self)} BatchNorm layers"
+        return f"population statistics of {layers}, method {self.method!r}"
+
+    def __str__(self) -> str:
+        """Return a table of the layers, in the order of the model."""
+        rows = [_row(name, stats) for name, stats in self.items()]
+        return "\n".join([self._heading, "", text_table(_TITLES, rows)]) if self else self._heading
+
     def __repr__(self) -> str:
-        counts = ", ".join(f"{name}: {stats.count:,} values" for name, stats in self.items())
-        return f"PopulationStats(method={self.method!r}, {{{counts}}})"
+        if not self:
+            return self._heading
+        rows = [_row(name, self[name]) for name in [*self][:MAX_ROWS]]
+        note = remainder(len(self), "; print() shows all")
+        return "\n".join([self._heading, "", text_table(_TITLES, rows), *note])
+
+    def _repr_html_(self) -> str:
+        rows = [_row(name, self[name]) for name in [*self][:MAX_ROWS]]
+        note = "".join(remainder(len(self), "; print() shows all"))
+        return html_table(self._heading, _TITLES, rows, note)
 
     def apply_to(self, model: nn.Module) -> None:
         """Write the statistics into the model's running_mean and running_var.
@@ -93,10 +114,11 @@ class PopulationStats(Mapping[str, LayerStats]):
         layers = layers_of(self, model)
         write_all(layers, self, {name: RunningStats.of(layer) for name, layer in layers.items()})
 
-    def drift_from(self, model: nn.Module) -> dict[str, Drift]:
+    def drift_from(self, model: nn.Module) -> DriftReport:
         """Return how far the model's running statistics are from these, per layer.
 
-        In what the model's own layers divide by: their eps is in every variance.
+        In what the model's own layers divide by: their eps is in every variance. Printed, it
+        is a table, worst layer first.
 
         Raises:
             LayerMismatchError: a layer is not in the model, or has other channels.
@@ -180,52 +202,9 @@ class PopulationStats(Mapping[str, LayerStats]):
             return cls(stats, method=method, num_skipped=num_skipped, frozen=frozen)
 
 
-@dataclass(frozen=True, eq=False)
-class Recalibration:
-    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
-
-    Attributes:
-        before: the running statistics that each layer had.
-        after: the population statistics that it has now, with their standard errors.
-        drift: how far the former were from the latter.
-
-    Example:
-        >>> import torch, bnstats
-        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
-        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
-        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
-        (0.0, 4.0)
-        >>> result.undo()
-        >>> model[0].running_mean.item()
-        0.0
-    """
-
-    before: Mapping[str, RunningStats]
-    after: PopulationStats
-    drift: Mapping[str, Drift]
-    _layers: Mapping[str, _BatchNorm] = field(repr=False)
-
-    def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit."""
-        for name, running in self.before.items():
-            running.write_to(self._layers[name])
-
-    def worst_first(self) -> list[str]:
-        """Return the layers' names by their mean divergence, the largest first."""
-        return worst_first(self.drift)
-
-    def __str__(self) -> str:
-        """Return a table of the layers, the one with the largest divergence first."""
-        skipped = self.after.num_skipped
-        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
-        if skipped:
-            head += f", {skipped} batches with non-finite statistics skipped"
-        if frozen := self.after.frozen:
-            names = ", ".join(map(repr, frozen))
-            head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
-        if self.after.stderr_is_conditional:
-            head += "\nstandard errors are given the statistics of earlier layers"
-        return f"{head}\n\n{table(self.after, self.drift)}" if self.after else head
+def _row(name: str, stats: LayerStats) -> list[str]:
+    numbers = [str(stats.num_features), f"{stats.count:,}", str(stats.num_batches)]
+    return [name, *numbers, extent(stats.mean), extent(stats.var)]
 
 
 def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]:

@@ -20,7 +20,8 @@ from bnstats.recompute.estimators import Pooled, averaged, moving_average
 from bnstats.recompute.layer_stats import RunningStats, write_all
 from bnstats.recompute.layerwise import layerwise
 from bnstats.recompute.options import Options
-from bnstats.recompute.population import PopulationStats, Recalibration, layers_of
+from bnstats.recompute.population import PopulationStats, layers_of
+from bnstats.recompute.recalibration import Recalibration
 from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Method, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm

@@ -1,0 +1,71 @@
+"""What a recalibration did: the statistics before and after, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.recompute.drift import DriftReport, html, shortened, table
+from bnstats.recompute.layer_stats import RunningStats
+from bnstats.recompute.population import PopulationStats
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Recalibration:
+    """The result of :func:`bnstats.recompute_population_stats`; ``print`` shows a table.
+
+    Attributes:
+        before: the running statistics that each layer had.
+        after: the population statistics that it has now, with their standard errors.
+        drift: how far the former were from the latter.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> result = bnstats.recompute_population_stats(model, [torch.tensor([[3.0], [5.0]])])
+        >>> result.before["0"].mean.item(), result.after["0"].mean.item()
+        (0.0, 4.0)
+        >>> result.undo()
+        >>> model[0].running_mean.item()
+        0.0
+    """
+
+    before: Mapping[str, RunningStats]
+    after: PopulationStats
+    drift: DriftReport
+    _layers: Mapping[str, _BatchNorm]
+
+    def undo(self) -> None:
+        """Put the running statistics from before back, bit for bit."""
+        for name, running in self.before.items():
+            running.write_to(self._layers[name])
+
+    def worst_first(self) -> list[str]:
+        """Return the layers' names by their mean divergence, the largest first."""
+        return self.drift.worst_first()
+
+    @property
+    def _heading(self) -> str:
+        skipped = self.after.num_skipped
+        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
+        if skipped:
+            head += f", {skipped} batches with non-finite statistics skipped"
+        if frozen := self.after.frozen:
+            names = ", ".join(map(repr, frozen))
+            head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
+        if self.after.stderr_is_conditional:
+            head += "\nstandard errors are given the statistics of earlier layers"
+        return head
+
+    def __str__(self) -> str:
+        """Return a table of the layers, the one with the largest divergence first."""
+        table_of = f"\n\n{table(self.after, self.drift)}" if self.after else ""
+        return f"{self._heading}{table_of}"
+
+    def __repr__(self) -> str:
+        return shortened(self._heading, self.after, self.drift)
+
+    def _repr_html_(self) -> str:
+        return html(self._heading, self.after, self.drift)
