@@ -235,6 +235,46 @@ def test_drift_shows_the_worst_layers_first_and_no_more_than_asked():
         assert "eps" in ratios.get_xlabel()
 
 
+@pytest.mark.parametrize(
+    ("worst", "says"),
+    [(1, "the worst of 3 layers"), (2, "the worst 2 of 3 layers"), (3, "all 3 layers")],
+)
+def test_the_title_says_how_many_of_the_layers_are_shown(worst, says):
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(3)))
+    result = bnstats.recompute_population_stats(model, torch.randn(40, 2).split(8))
+    assert bnstats.plot_drift(result, worst=worst).get_suptitle().endswith(f", {says}")
+
+
+def test_drift_is_drawn_of_a_result_of_a_report_and_of_statistics_with_their_model():
+    model = network(nn.BatchNorm1d(3))
+    stats = bnstats.measure_population_stats(model, torch.randn(40, 4).split(8))
+    report = stats.drift_from(model)
+    of_each = [
+        bnstats.plot_drift(stats, model),
+        bnstats.plot_drift(report),
+        bnstats.plot_drift(bnstats.recompute_population_stats(model, torch.randn(40, 4).split(8))),
+    ]
+    for figure in of_each[:2]:
+        shown = figure.axes[0].get_lines()[0].get_xdata()
+        np.testing.assert_array_equal(shown, report["1"].mean_shift)
+    assert len({figure.get_suptitle() for figure in of_each}) == 1
+    with pytest.raises(InvalidTypeError, match=r"expected plot_drift\(stats, model\)"):
+        bnstats.plot_drift(stats)
+    with pytest.raises(InvalidTypeError, match="expected none beside a DriftReport"):
+        bnstats.plot_drift(report, model)
+
+
+def test_a_figure_survives_pickle_and_leaves_pyplot_alone():
+    import pickle
+
+    model = network(nn.BatchNorm1d(3))
+    stats = bnstats.measure_population_stats(model, torch.randn(40, 4).split(8))
+    figure = pickle.loads(pickle.dumps(bnstats.plot_drift(stats, model)))
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
 def test_drift_shows_how_many_channels_are_dead():
     x = torch.randn(40, 3)
     for dead, says in ((2, "2 dead channels"), (1, "1 dead channel")):
@@ -264,7 +304,8 @@ def test_what_cannot_be_drawn_says_why(monkeypatch):
     with pytest.raises(InvalidTypeError, match="expected a Recalibration"):
         bnstats.plot_drift(both)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'bnstats\[plot\]'"):
+    monkeypatch.delitem(sys.modules, "bnstats.diagnose.figure", raising=False)
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         bnstats.plot_batch_stats(both, "1")
 
 

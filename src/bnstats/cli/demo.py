@@ -223,5 +223,5 @@ def _import_figure() -> Any:
     try:
         from bnstats.cli.figure import figure_of
     except ImportError as error:
-        raise ImportError("the demo draws with matplotlib: pip install 'bnstats[demo]'") from error
+        raise ImportError("the demo draws with matplotlib: pip install matplotlib") from error
     return figure_of

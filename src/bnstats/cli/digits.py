@@ -27,7 +27,7 @@ class Digits:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "the digits come with scikit-learn: pip install 'bnstats[demo]'"
+                "the digits come with scikit-learn: pip install scikit-learn"
             ) from error
         pixels, labels = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from bnstats.diagnose.record import BatchStatsRecord
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recompute import Recalibration
+from bnstats.recompute import DriftReport, PopulationStats, Recalibration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +37,7 @@ def plot_batch_stats(
         layer: the layer's name, in every record.
 
     Returns:
-        A matplotlib figure; nothing is shown.
+        A matplotlib figure. As the last expression of a notebook's cell it is displayed.
 
     Raises:
         InvalidValueError: no record, no such layer, or a layer that never ran.
@@ -68,43 +70,49 @@ def plot_batch_stats(
     return figure
 
 
-def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
-    """Draw how far running statistics were from the population's, the worst layers first.
+def plot_drift(
+    result: Recalibration | DriftReport | PopulationStats,
+    model: nn.Module | None = None,
+    *,
+    worst: int = 20,
+) -> Figure:
+    """Draw how far running statistics are from the population's, the worst layers first.
 
     One row a layer, one dot a channel: the shift of the mean in standard deviations on the left,
     the ratio of the variances on the right, both with eps as in :class:`Drift`. The title counts
-    the dead channels, which have one value in all of the data, if there are some.
+    the dead channels, which have one value in all of the data, if the layers shown have some.
 
     Args:
-        result: of :func:`bnstats.recompute_population_stats`.
+        result: of :func:`bnstats.recompute_population_stats`, for what it has changed; of
+            ``stats.drift_from(model)``; or the statistics themselves, together with
+        model: the model whose running statistics are compared with them.
         worst: at most so many layers, by their mean KL divergence.
 
     Returns:
-        A matplotlib figure; nothing is shown.
+        A matplotlib figure. As the last expression of a notebook's cell it is displayed.
 
     Raises:
-        InvalidTypeError: not a Recalibration.
+        InvalidTypeError: none of these; statistics without a model, or a model beside a result
+            that has its own.
         InvalidValueError: a result without layers, or worst below 1.
+        LayerMismatchError: a layer is not in the model, or has other channels.
         ImportError: matplotlib is missing.
 
     Example:
         >>> import torch, bnstats
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
-        >>> result = bnstats.recompute_population_stats(model, torch.randn(64, 3).split(8))
-        >>> [axes.get_xlabel() for axes in bnstats.plot_drift(result).axes][1]
+        >>> stats = bnstats.measure_population_stats(model, torch.randn(64, 3).split(8))
+        >>> [axes.get_xlabel() for axes in bnstats.plot_drift(stats, model).axes][1]
         '(running variance + eps) / (population variance + eps)'
     """
-    if not isinstance(result, Recalibration):
-        raise InvalidTypeError(f"result: expected a Recalibration, got {type(result).__name__}")
-    if not result.drift:
-        raise InvalidValueError("result: expected at least one recalibrated layer, got none")
+    report = _report(result, model)
     if worst < 1:
         raise InvalidValueError(f"worst: expected 1 or more, got {worst}")
-    names = result.worst_first()[:worst]
+    names = report.worst_first()[:worst]
     figure = _new_figure(9, 1.6 + 0.28 * len(names))
     shifts, ratios = figure.subplots(1, 2, sharey=True)
     for row, name in enumerate(names):
-        drift = result.drift[name]
+        drift = report[name]
         for panel, values in ((shifts, drift.mean_shift), (ratios, drift.var_ratio)):
             panel.plot(values, [row] * len(values), "o", color="#b2182b", markersize=3, alpha=0.4)
     _label(shifts, 0, "(running mean - population mean) / sqrt(population variance + eps)")
@@ -112,11 +120,55 @@ def plot_drift(result: Recalibration, *, worst: int = 20) -> Figure:
     ratios.set_xscale("log")
     shifts.set_yticks(range(len(names)), names)
     shifts.invert_yaxis()
-    title = f"running against population statistics, worst of {len(result.drift)} layers"
-    if dead := sum(int(stats.dead.sum()) for stats in result.after.values()):
-        title += f", {dead} dead channel{'s' if dead > 1 else ''}"
-    figure.suptitle(title)
+    figure.suptitle(_title(report, names))
     return figure
+
+
+def _report(
+    result: Recalibration | DriftReport | PopulationStats, model: nn.Module | None
+) -> DriftReport:
+    """Return the drift that is to be drawn."""
+    if isinstance(result, PopulationStats):
+        if model is None:
+            raise InvalidTypeError(
+                "result: PopulationStats alone have nothing to be compared with: expected "
+                "plot_drift(stats, model), with the model whose running statistics are meant"
+            )
+        report = result.drift_from(model)
+    elif model is not None:
+        raise InvalidTypeError(
+            f"model: expected none beside a {type(result).__name__}, got {type(model).__name__}; "
+            "it goes with PopulationStats alone"
+        )
+    elif isinstance(result, Recalibration):
+        report = result.drift
+    elif isinstance(result, DriftReport):
+        report = result
+    else:
+        raise InvalidTypeError(
+            "result: expected a Recalibration, a DriftReport, or PopulationStats and a model, got "
+            f"{type(result).__name__}"
+        )
+    if not report:
+        raise InvalidValueError("result: expected at least one layer, got none")
+    return report
+
+
+def _title(report: DriftReport, names: list[str]) -> str:
+    """Return which of how many layers are shown."""
+    total = len(report)
+    if len(names) < total:
+        layers = (
+            f"the worst of {total} layers"
+            if len(names) == 1
+            else (f"the worst {len(names)} of {total} layers")
+        )
+    else:
+        layers = "1 layer" if total == 1 else f"all {total} layers"
+    title = f"running against population statistics, {layers}"
+    if dead := sum(int(report.population[name].dead.sum()) for name in names):
+        title += f", {dead} dead channel{'s' if dead > 1 else ''}"
+    return title
 
 
 def _by_label(records: object) -> Mapping[str, BatchStatsRecord]:
@@ -142,9 +194,7 @@ def _label(panel: Any, equal: float, text: str) -> None:
 
 def _new_figure(width: float, height: float) -> Figure:
     try:
-        from matplotlib.figure import Figure
+        from bnstats.diagnose.figure import NotebookFigure
     except ImportError as error:
-        raise ImportError(
-            "figures are drawn with matplotlib: pip install 'bnstats[plot]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+        raise ImportError("figures are drawn with matplotlib: pip install matplotlib") from error
+    return NotebookFigure(figsize=(width, height), layout="constrained")
