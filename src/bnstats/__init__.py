@@ -113,3 +113,8 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    # What a prompt completes: not the packages behind the names, bnstats.convert for one.
+    return sorted([*__all__, "__all__", "__doc__", "__file__", "__version__", "errors"])

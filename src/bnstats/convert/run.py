@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,8 +16,42 @@ from bnstats.traversal import Include, check_materialized, named_layers
 
 M = TypeVar("M", bound=nn.Module)
 
+Target: TypeAlias = Literal["ema", "cumulative", "moving_average"]
 
-def convert_batchnorm(model: M, to: str, *, include: Include | None = None, **options: Any) -> M:
+
+# The options of each family, for type checkers and editors.
+@overload
+def convert_batchnorm(
+    model: M,
+    to: Literal["ema"],
+    *,
+    include: Include | None = None,
+    momentum: float | None = ...,
+    debias: bool = ...,
+    pooled: bool = ...,
+) -> M: ...
+@overload
+def convert_batchnorm(
+    model: M,
+    to: Literal["cumulative"],
+    *,
+    include: Include | None = None,
+    momentum: float | None = ...,
+) -> M: ...
+@overload
+def convert_batchnorm(
+    model: M,
+    to: Literal["moving_average"],
+    *,
+    include: Include | None = None,
+    momentum: float | None = ...,
+    window: int = ...,
+    warmup: int = ...,
+    renorm_warmup: int = ...,
+    max_ratio: float = ...,
+    center: bool = ...,
+) -> M: ...
+def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, **options: Any) -> M:
     """Make the BatchNorm layers of a model those of a family, in place.
 
     Served are torch's ``BatchNorm1d/2d/3d``, ``SyncBatchNorm``, which becomes the family's base

@@ -40,3 +40,22 @@ __all__ = [
     "MovingAverageBatchNorm3d",
     "masked",
 ]
+
+
+def _document_options() -> None:
+    """Add the options of a family's class to the docstrings of those of 1, 2 and 3 dimensions.
+
+    ``EMABatchNorm2d?`` is to tell them, in the words of the one place where they are written.
+    """
+    for name in __all__:
+        cls: type = globals()[name]
+        family: type = cls.__bases__[0]
+        if not name.endswith("d") or family.__name__ not in __all__ or not family.__doc__:
+            continue  # python -OO leaves no docstrings
+        _, begin, rest = family.__doc__.partition("    Args:\n")
+        options, _, _ = rest.partition("\n\n")
+        summary, _, example = (cls.__doc__ or "").rstrip().partition("\n\n")
+        cls.__doc__ = "\n\n".join(filter(None, [summary, begin + options, example])) + "\n    "
+
+
+_document_options()

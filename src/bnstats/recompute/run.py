@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from bnstats.recompute.sweeps import sweeps
 from bnstats.recompute.task import Method, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
+MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
+OnNonfinite: TypeAlias = Literal["raise", "skip"]
+
 METHODS = {
     method.name: method
     for method in (
@@ -46,14 +49,14 @@ def recompute_population_stats(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    method: str = "pooled",
+    method: MethodName = "pooled",
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
     tolerance: float | None = None,
     include: Include | None = None,
     correction: int = 1,
-    on_nonfinite: str = "raise",
+    on_nonfinite: OnNonfinite = "raise",
     sync: Sync = None,
     progress: bool = False,
     memory_limit: int | None = None,
@@ -208,14 +211,14 @@ def measure_population_stats(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    method: str = "pooled",
+    method: MethodName = "pooled",
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
     tolerance: float | None = None,
     include: Include | None = None,
     correction: int = 1,
-    on_nonfinite: str = "raise",
+    on_nonfinite: OnNonfinite = "raise",
     sync: Sync = None,
     progress: bool = False,
     memory_limit: int | None = None,

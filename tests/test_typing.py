@@ -1,0 +1,103 @@
+"""What a type checker and a prompt know of the surface: options, choices, public names."""
+
+import inspect
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import bnstats
+import cases
+from bnstats.convert.change import own_options
+from bnstats.convert.families import CENTERED, FAMILIES, PLAIN
+from bnstats.convert.run import Target
+from bnstats.recompute.run import METHODS, MethodName
+
+SCRIPT = """\
+import bnstats
+from torch import nn
+
+class Net(nn.Module):
+    pass
+
+loader = [nn.Linear(1, 1).weight]
+net: Net = bnstats.convert_batchnorm(Net(), "ema", momentum=0.1, debias=False, pooled=True)
+bnstats.convert_batchnorm(net, "cumulative", include=lambda name, layer: name.startswith("a"))
+bnstats.convert_batchnorm(net, "moving_average", window=16, warmup=0, max_ratio=2, center=False)
+result = bnstats.recompute_population_stats(net, loader, method="layerwise", on_nonfinite="skip")
+print(result.drift["a"].kl, result.after.drift_from(net).worst_first())
+print(bnstats.EMABatchNorm2d(3, 1e-5, 0.1, debias=False), bnstats.plot_drift(result))
+"""
+
+MISTAKES = [
+    'bnstats.recompute_population_stats(net, loader, method="layer_wise")',
+    'bnstats.measure_population_stats(net, loader, method="batch_avg")',
+    'bnstats.recompute_population_stats(net, loader, on_nonfinite="ignore")',
+    'bnstats.convert_batchnorm(net, "moving_average", windw=16)',
+    'bnstats.convert_batchnorm(net, "moving-average")',
+    'bnstats.convert_batchnorm(net, "ema", window=16)',
+    'bnstats.convert_batchnorm(net, "cumulative", debias=True)',
+    'bnstats.convert_batchnorm(net, "ema", include=["layer4"])',
+    "bnstats.recompute_population_stats(loader, net)",
+    "bnstats.EMABatchNorm2d(3, debiased=True)",
+    "result.after.apply_to(net.state_dict())",
+    "bnstats.estimate_running_error(result)",
+    "bnstats.plot_drift(net)",
+]
+
+
+def test_mypy_passes_a_users_script_and_flags_each_mistake(tmp_path, request):
+    pytest.importorskip("mypy")
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([SCRIPT, *MISTAKES, ""]))
+    # It takes seconds to know torch, and less than one to remember it.
+    cache = request.config.cache.mkdir("mypy")
+    source = str(Path(bnstats.__file__).parent.parent)
+    options = ["--strict", "--config-file=", "--no-error-summary", f"--cache-dir={cache}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, script.name],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": source},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    first = len(SCRIPT.splitlines()) + 2
+    flagged = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    assert flagged == set(range(first, first + len(MISTAKES))), done.stdout + done.stderr
+
+
+def test_the_choices_that_are_typed_are_those_that_there_are():
+    assert set(typing.get_args(MethodName)) == METHODS.keys()
+    assert set(typing.get_args(Target)) == FAMILIES.keys() - {PLAIN}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="overloads cannot be asked for before")
+def test_the_options_that_are_typed_are_those_that_conversion_takes():
+    typed = {}
+    for overload in typing.get_overloads(bnstats.convert_batchnorm):
+        _, to, _, *options = inspect.signature(overload).parameters.values()
+        (family,) = typing.get_args(eval(to.annotation, {"Literal": typing.Literal}))
+        typed[family] = {option.name for option in options}
+    for family in FAMILIES.keys() - {PLAIN}:
+        beside = {"momentum", "center"} if family == CENTERED else {"momentum"}
+        assert typed[family] == own_options(family) | beside, family
+
+
+def test_dir_shows_the_public_names():
+    shown = {name for name in dir(bnstats) if not name.startswith("__")}
+    assert shown == {*bnstats.__all__, "errors"}
+
+
+@cases.each_family
+def test_every_layer_tells_its_options(family):
+    for cls in (family.base, *family.layers.values()):
+        assert cls.__doc__.count("Args:") == 1, cls
+        for option in inspect.signature(cls).parameters:
+            assert f"        {option}: " in cls.__doc__, (cls, option)
+        assert cls.__doc__.splitlines()[0].strip(), cls
+        assert issubclass(cls, nn.modules.batchnorm._BatchNorm)
