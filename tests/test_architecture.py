@@ -13,7 +13,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # A module may import from its own floor's package and from every floor below it.
 FLOORS = [
     {"errors", "formatting", "private"},
-    {"reduction"},
+    {"arguments", "reduction"},
     {"moments"},
     {"accumulators", "traversal", "distributed", "interrupts", "masks"},
     {"holding", "freezing"},

@@ -221,7 +221,7 @@ BAD_ARGUMENTS = {
     ),
     "center": (("cumulative",), {"center": True}, InvalidTypeError, "center"),
     "bad value": (("ema",), {"momentum": 7}, InvalidValueError, "momentum"),
-    "include": (("ema",), {"include": "1"}, InvalidTypeError, "include: expected a callable"),
+    "include": (("ema",), {"include": "1"}, InvalidTypeError, "include: expected a function"),
 }
 
 

@@ -40,8 +40,16 @@ def test_too_few_values_for_a_variance_are_an_error_that_names_the_layer():
         ({"max_batches": 2.0}, InvalidTypeError, "max_batches: expected an int"),
         ({"correction": 2}, InvalidValueError, "correction: expected 1"),
         ({"on_nonfinite": "ignore"}, InvalidValueError, '"raise" or "skip", got \'ignore\''),
-        ({"include": "bn1"}, InvalidTypeError, "include: expected a callable or None, got str"),
-        ({"forward": 3}, InvalidTypeError, "forward: expected a callable or None, got int"),
+        (
+            {"include": "bn1"},
+            InvalidTypeError,
+            "include: expected a function include.name, module. or None, got str",
+        ),
+        (
+            {"forward": 3},
+            InvalidTypeError,
+            "forward: expected a function forward.model, batch. or None, got int",
+        ),
         (
             {"model": nn.Sequential(nn.Flatten(), nn.LazyBatchNorm1d())},
             InvalidTypeError,

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -193,7 +194,8 @@ class Moments:
             InvalidTypeError: x is not a tensor, or the mask is not boolean.
         """
         if not isinstance(x, Tensor):
-            raise InvalidTypeError(f"x: expected a tensor, got {type(x).__name__}")
+            hint = "; torch.from_numpy(x) is one" if isinstance(x, np.ndarray) else ""
+            raise InvalidTypeError(f"x: expected a tensor, got {type(x).__name__}{hint}")
         if not -x.dim() <= channel_dim < x.dim():
             raise InvalidValueError(
                 f"channel_dim: x of shape {tuple(x.shape)} has no axis {channel_dim}"
@@ -213,7 +215,8 @@ class Moments:
         """Return the moments of the values of both."""
         if self.num_features != other.num_features:
             raise InvalidValueError(
-                f"merge: expected {self.num_features} channels, got {other.num_features}"
+                f"merge: expected {self.num_features} channels, got {other.num_features}; where "
+                "channels are in the last axis, Moments.from_batch takes channel_dim=-1"
             )
         total = self.count + other.count
         # The count of a batch is on CPU, and operators on three tensors take those of one device.

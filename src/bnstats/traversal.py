@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, UnknownLayerError
 from bnstats.formatting import describe_mapping
 
@@ -185,9 +186,3 @@ def check_materialized(name: str, module: nn.Module) -> None:
             f"layer '{name}' ({type(module).__name__}) is lazy and not yet materialized: "
             "run one forward of the model first"
         )
-
-
-def check_module(model: object) -> None:
-    """Refuse what is not a Module."""
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -21,7 +21,8 @@ from bnstats.convert.families import (
     with_parametrizations,
 )
 from bnstats.distributed import is_group
-from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
+from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError, nearest
+from bnstats.layers.arguments import check_momentum
 from bnstats.layers.base import RunningStatsBatchNorm
 
 
@@ -84,7 +85,6 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
         check_writable(where, mean)
     arguments: dict[str, Any] = {
         "eps": module.eps,
-        "momentum": module.momentum,
         # Its parameters the layer has; those of affine=False are none.
         "affine": False,
         "track_running_stats": mean is not None,
@@ -95,8 +95,13 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     assert known is not None
     if known is nn.SyncBatchNorm or to != PLAIN:
         options = {**_processes(module, to), **options}
+    momentum = options.get("momentum", module.momentum)
     try:
-        donor = known(module.num_features, **{**arguments, **options})
+        if to != PLAIN:
+            check_momentum(known.__name__, momentum)
+        # Not by the constructor: an unusual one was warned of once, or is the layer's own.
+        donor = known(module.num_features, **{**arguments, **options, "momentum": None})
+        donor.momentum = momentum  # type: ignore[assignment]
     except BnstatsError as error:
         raise type(error)(f"{where}: {error}") from None
     return Change(module, cls, donor, own_options(to) | options.keys())
@@ -123,12 +128,12 @@ def check_writable(where: str, tensor: Tensor | None) -> None:
 
 def check_options(to: str, options: dict[str, Any]) -> None:
     """Refuse options that the family ``to`` does not have, or whose values it refuses."""
-    expected = [*sorted(own_options(to)), "momentum"]
+    expected = [*sorted(own_options(to)), "momentum", *(["center"] if to == CENTERED else [])]
     for name in options:
         if name not in expected:
             raise InvalidTypeError(
-                f"{name}: {to!r} has no such option; it has {', '.join(expected)}"
-                + (", center" if to == CENTERED else "")
+                f"{name}: {to!r} has no such option, the nearest is {nearest(name, expected)!r}; "
+                f"it has {', '.join(expected)}"
             )
     FAMILIES[to][0](1, **options)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, overload
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_function, check_module
 from bnstats.convert.centering import Recentering, plan_centering, plan_folding
 from bnstats.convert.change import Change, check_options, plan
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
@@ -135,6 +136,7 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
         >>> type(model[1]).__name__, model[1].debias, model[1].pooled
         ('EMABatchNorm1d', True, False)
     """
+    check_module(model, to, "model, to")
     _check_target(to)
     center = _take_center(to, options)
     check_options(to, options)
@@ -210,10 +212,7 @@ def _take_center(to: str, options: dict[str, Any]) -> bool:
 
 
 def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _BatchNorm]:
-    if include is not None and not callable(include):
-        raise InvalidTypeError(
-            f"include: expected a callable or None, got {type(include).__name__}"
-        )
+    check_function("include", include, "name, module")
     layers: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
         if isinstance(module, _BatchNorm) and (include is None or include(name, module)):

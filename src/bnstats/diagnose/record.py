@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.formatting import describe_mapping
 from bnstats.masks import given_mask
@@ -173,6 +174,7 @@ def record_batch_stats(
         Yan et al. (2020), "Towards Stabilizing Batch Statistics in Backward Propagation of
         Batch Normalization", arXiv:2001.06838, section 3 and Figure 2.
     """
+    check_module(model, layers, "model, layers")
     chosen = _choose(model, layers)
     record = BatchStatsRecord(chosen)
     hooks = []

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from bnstats.arguments import warn_of_momentum
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.formatting import describe
 from bnstats.recompute import LayerStats, PopulationStats
 from bnstats.recompute.layer_stats import with_eps
+from bnstats.recompute.population import check_population
 from bnstats.traversal import ByLayer
 
 
@@ -82,14 +84,14 @@ def estimate_running_error(
         >>> round(error.effective_batches), bool((error.mean_stderr < 0.1).all())
         (19, True)
     """
-    if not isinstance(stats, PopulationStats):
-        raise InvalidTypeError(f"stats: expected PopulationStats, got {type(stats).__name__}")
+    check_population("stats", stats)
     if stats.method == "ema":
         raise InvalidValueError('stats: expected method "pooled" or "batch_average", got "ema"')
     if isinstance(momentum, bool) or not isinstance(momentum, Real):
         raise InvalidTypeError(f"momentum: expected a number, got {type(momentum).__name__}")
     if not 0 < momentum <= 1:
         raise InvalidValueError(f"momentum: expected a number in (0, 1], got {momentum}")
+    warn_of_momentum("estimate_running_error", float(momentum))
     if num_batches is not None and num_batches < 1:
         raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
     forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bnstats.arguments import describe_channels_last, warn_of_momentum
 from bnstats.errors import InvalidValueError
 from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
@@ -61,6 +62,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         check_integer(name, "num_features", num_features, 1)
         check_eps(name, eps)
         check_momentum(name, momentum)
+        warn_of_momentum(name, momentum)
         # torch.compile does not take numpy's numbers.
         eps, momentum = float(eps), None if momentum is None else float(momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -120,6 +122,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             raise InvalidValueError(
                 f"{type(self).__name__}({self.num_features}): expected a {dims} input with "
                 f"{self.num_features} channels in axis 1, got shape {tuple(input.shape)}"
+                + describe_channels_last(tuple(input.shape), self.num_features)
             )
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -8,10 +8,12 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bnstats.arguments import describe_channels_last
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, Mask, check_mask
 from bnstats.private import apart_from_other_readers
@@ -199,11 +201,13 @@ class DefaultForward:
         self._has_succeeded = True
 
     def _note(self, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
+        shapes = [tuple(x.shape) for x in positional if isinstance(x, Tensor)]
+        hint = "".join(map(describe_channels_last, shapes[:1]))
         named = (f"{key}={_describe(value)}" for key, value in keywords.items())
         arguments = ", ".join([*map(_describe, positional), *named])
         return (
             f"bnstats called {type(self._model).__name__}({arguments}) on a batch of the loader; "
-            "if that is not how the model takes it, pass forward=lambda model, batch: ..."
+            f"if that is not how the model takes it, pass forward=lambda model, batch: ...{hint}"
         )
 
 
@@ -214,9 +218,13 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(batch, Mapping):
         return (), batch
     if not _is_sequence(batch):
+        remedy = "pass forward=lambda model, batch: ..."
+        if isinstance(batch, np.ndarray):
+            hint = describe_channels_last(batch.shape)
+            remedy = f"make it a tensor, torch.from_numpy(batch), or {remedy}{hint}"
         raise InvalidTypeError(
             "expected a batch to be a tensor, a sequence that begins with one, or a mapping of "
-            f"keyword arguments, got {type(batch).__name__}; pass forward=lambda model, batch: ..."
+            f"keyword arguments, got {type(batch).__name__}; {remedy}"
         )
     if not batch:
         raise InvalidValueError("a batch is an empty sequence: expected its input first")

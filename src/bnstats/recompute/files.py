@@ -10,7 +10,7 @@ import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -66,8 +66,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.exists():
             shutil.copymode(target, part)
         part.replace(target)
+    except OSError as error:
+        if error.filename != str(part):
+            raise
+        # Of the file by its own name: nobody knows the other.
+        reason = f"{error.strerror}, to write {target.name} into"
+        raise OSError(error.errno, reason, str(target.parent)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or the folder is none: said above
+            part.unlink()
 
 
 def load(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnstats.arguments import check_function
 from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, check_downsample
@@ -49,13 +50,9 @@ def check_options(options: Options) -> None:
         raise InvalidValueError(
             f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
         )
-    for argument in ("forward", "include", "mask"):
-        function = getattr(options, argument)
-        if function is not None and not callable(function):
-            raise InvalidTypeError(
-                f"{argument}: expected a callable or None, got {type(function).__name__}"
-            )
-
+    check_function("forward", options.forward, "model, batch")
+    check_function("include", options.include, "name, module")
+    check_function("mask", options.mask, "batch")
     check_downsample(options.downsample)
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_has_values
 from bnstats.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -139,8 +140,7 @@ class PopulationStats(Mapping[str, LayerStats]):
             LayerMismatchError: there is no layer in common, or one has other channels or another
                 correction in the other.
         """
-        if not isinstance(other, PopulationStats):
-            raise InvalidTypeError(f"merge: expected PopulationStats, got {type(other).__name__}")
+        check_population("merge", other)
         if (self.method, other.method) != ("pooled", "pooled"):
             raise InvalidValueError(
                 'merge: expected statistics of method "pooled", got '
@@ -202,6 +202,16 @@ class PopulationStats(Mapping[str, LayerStats]):
             return cls(stats, method=method, num_skipped=num_skipped, frozen=frozen)
 
 
+def check_population(argument: str, stats: object) -> None:
+    """Refuse what is not PopulationStats."""
+    if not isinstance(stats, PopulationStats):
+        held = isinstance(getattr(stats, "after", None), PopulationStats)
+        raise InvalidTypeError(
+            f"{argument}: expected PopulationStats, got {type(stats).__name__}"
+            + ("; its statistics are result.after" if held else "")
+        )
+
+
 def _row(name: str, stats: LayerStats) -> list[str]:
     numbers = [str(stats.num_features), f"{stats.count:,}", str(stats.num_batches)]
     return [name, *numbers, extent(stats.mean), extent(stats.var)]
@@ -214,6 +224,8 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
         LayerMismatchError: a layer is not in the model, or has other channels.
     """
     layers = named_batchnorms(model, lambda *_: True)
+    for name in stats.keys() & layers.keys():
+        check_has_values(layers[name], f"{name}." if name else "")
     missing = [name for name in stats if name not in layers]
     if missing:
         raise LayerMismatchError(

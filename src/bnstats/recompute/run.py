@@ -262,7 +262,7 @@ def _measure(
     """Measure, and return with whom."""
     peers, method = Peers.of(options.sync), options.method
     with peers.agreement() as agreement:
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
         agreement.send(task.description)

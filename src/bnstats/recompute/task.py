@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from bnstats.arguments import check_has_values, check_module
 from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.freezing import frozen_layers
@@ -163,6 +164,7 @@ def prepare(
     interrupts: Interrupts,
 ) -> Task:
     """Return the task that the caller means, all of it checked."""
+    check_module(model, loader, "model, loader")
     inner = unwrap(model)
     check_options(options)
     if options.memory_limit is not None and not method.holds_inputs:
@@ -171,6 +173,7 @@ def prepare(
         )
     check_loader(loader, method)
     check_mergeable(method, peers)
+    check_has_values(inner)
     layers = named_batchnorms(inner, options.include)
     frozen = frozen_layers(inner, layers)
     chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
@@ -204,9 +207,10 @@ def check_loader(loader: object, method: Method) -> None:
     # A loader may be iterable by __getitem__ alone.
     iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
     if not iterable or isinstance(loader, (Tensor, Mapping, str)):
+        remedy = "call it" if callable(loader) else "one batch by itself goes in as [batch]"
         raise InvalidTypeError(
-            "loader: expected an iterable of batches, a DataLoader or a list say, got "
-            f"{type(loader).__name__}; one batch by itself goes in as [batch]"
+            "loader: expected an iterable of batches, for example a DataLoader or a list, got "
+            f"{type(loader).__name__}; {remedy}"
         )
     if method.rereads and isinstance(loader, Iterator):
         raise InvalidValueError(

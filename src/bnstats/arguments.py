@@ -1,0 +1,117 @@
+"""Checks of what callers pass: what was expected, what came, and what was probably meant."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from itertools import chain
+
+from torch import Tensor, nn
+
+from bnstats.errors import InvalidTypeError, InvalidValueError, warn
+
+
+def check_module(model: object, other: object = None, order: str = "") -> None:
+    """Refuse what is not a Module.
+
+    Args:
+        model: what came as the model.
+        other: the next argument; if that one is a Module, the two were swapped.
+        order: the two arguments' names.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(other, nn.Module):
+        came = f"{type(model).__name__}: the arguments are swapped, pass ({order})"
+    else:
+        came = _what_came(model)
+    raise InvalidTypeError(f"model: expected a torch.nn.Module, got {came}")
+
+
+def _what_came(model: object) -> str:
+    """Return the type of what is no Module, and how to make one of it."""
+    name = type(model).__name__
+    if isinstance(model, Mapping) and any(isinstance(value, Tensor) for value in model.values()):
+        return f"{name}, a state dict: load it into a model, model.load_state_dict(...), first"
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return f"the class {model.__name__}: pass a model, {model.__name__}(...)"
+    if isinstance(model, (str, os.PathLike)):
+        return f"{name}, a path: build the model and load the checkpoint into it first"
+    if inspect.isroutine(model):
+        return f"{name} {model.__name__}: call it, if it makes the model"
+    return name
+
+
+def check_has_values(model: nn.Module, prefix: str = "") -> None:
+    """Refuse a model with a parameter or buffer on the meta device; its names have a prefix."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise InvalidValueError(
+                f"model: expected parameters and buffers with values, got '{prefix}{name}' on the "
+                "meta device: model.to_empty(device=...), then model.load_state_dict(...)"
+            )
+
+
+def check_function(argument: str, function: object, signature: str) -> None:
+    """Refuse what cannot be called with the arguments that it will get.
+
+    Args:
+        argument: its name.
+        function: what came; None is allowed.
+        signature: the parameters, for example ``"name, module"``.
+    """
+    if function is None:
+        return
+    expected = f"{argument}: expected a function {argument}({signature}) or None, got"
+    if not callable(function):
+        instead = _instead_of_names(function) if "name" in signature else ""
+        raise InvalidTypeError(f"{expected} {type(function).__name__}{instead}")
+    try:
+        known = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin's may not be known
+        return
+    try:
+        known.bind(*signature.split(", "))
+    except TypeError as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise InvalidTypeError(f"{expected} {name}{known}: {error}") from None
+
+
+def _instead_of_names(names: object) -> str:
+    """Return what to pass in the place of layers' names."""
+    if isinstance(names, str):
+        return f"; for names use lambda name, module: name.startswith({names!r})"
+    if isinstance(names, (list, tuple, set, frozenset)) and all(isinstance(x, str) for x in names):
+        prefixes = tuple(sorted(names) if isinstance(names, (set, frozenset)) else names)
+        return f"; for names use lambda name, module: name.startswith({prefixes!r})"
+    return ""
+
+
+def warn_of_momentum(name: str, momentum: float | None) -> None:
+    """Warn of a momentum that looks like the weight of the old average.
+
+    With 1, which in that convention is of no use, the statistics are the latest batch's alone.
+    """
+    if momentum is not None and 0.5 < momentum < 1:
+        new, old = f"{momentum:.4g}", f"{1 - momentum:.4g}"
+        warn(
+            f"{name}: momentum={new} weighs the new batch by {new} and the running statistics by "
+            f"{old}, as in PyTorch; in Keras and Flax momentum is the weight of the running "
+            f"statistics: {new} there is {old} here"
+        )
+
+
+def describe_channels_last(shape: tuple[int, ...], num_channels: int | None = None) -> str:
+    """Return a hint where an array may have its channels in the last axis; else nothing.
+
+    Args:
+        shape: of the array.
+        num_channels: what is expected; where it is not known, an image's 1, 3 or 4.
+    """
+    if len(shape) < 3 or shape[1] == shape[-1]:
+        return ""
+    channels = (1, 3, 4) if num_channels is None else (num_channels,)
+    if shape[-1] not in channels or shape[1] in channels:
+        return ""
+    return "; if the channels are in the last axis, pass x.movedim(-1, 1)"

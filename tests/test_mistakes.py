@@ -1,0 +1,257 @@
+"""A new user's mistakes: each message says what was expected, what came, and the remedy."""
+
+import re
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import bnstats
+import cases
+from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
+from networks import assert_untouched, snapshot
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def images(count=3):
+    return [torch.randn(4, 3, 8, 8) for _ in range(count)]
+
+
+recompute, convert = bnstats.recompute_population_stats, bnstats.convert_batchnorm
+
+
+def recorded(*arguments):
+    with bnstats.record_batch_stats(*arguments):
+        pass
+
+
+SWAPPED = {
+    "recompute": (recompute, (images(), network()), "list", "(model, loader)"),
+    "measure": (
+        bnstats.measure_population_stats, (images(), network()), "list", "(model, loader)"
+    ),
+    "convert": (convert, ("ema", network()), "str", "(model, to)"),
+    "record": (recorded, (["1"], network()), "list", "(model, layers)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "arguments", "came", "order"), SWAPPED.values(), ids=SWAPPED)
+def test_swapped_arguments_are_recognized(call, arguments, came, order):
+    says = f"expected a torch.nn.Module, got {came}: the arguments are swapped, pass {order}"
+    with pytest.raises(InvalidTypeError, match=re.escape(says)):
+        call(*arguments)
+
+
+NO_MODELS = {
+    "a state dict": (network().state_dict(), "OrderedDict, a state dict: load it into a model"),
+    "a class": (nn.BatchNorm2d, r"the class BatchNorm2d: pass a model, BatchNorm2d\(...\)"),
+    "a function": (network, "function network: call it"),
+    "a path": ("model.pt", "str, a path: build the model and load the checkpoint into it"),
+    "nothing": (None, "NoneType"),
+}
+
+
+@pytest.mark.parametrize(("model", "says"), NO_MODELS.values(), ids=NO_MODELS)
+def test_what_is_no_model_is_told_how_to_become_one(model, says):
+    stats = bnstats.measure_population_stats(network(), images())
+    calls = [
+        lambda: recompute(model, images()),
+        lambda: convert(model, "ema"),
+        lambda: bnstats.revert_batchnorm(model),
+        lambda: stats.apply_to(model),
+        lambda: stats.drift_from(model),
+        lambda: recorded(model),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InvalidTypeError, match=f"model: expected a torch.nn.Module, got {says}"
+        ):
+            call()
+
+
+def one_name(name):
+    return True
+
+
+NO_INCLUDES = {
+    "a list": (["1"], r"got list; for names use lambda name, module: name.startswith\(\('1',\)\)"),
+    "a name": ("1", r"got str; for names use lambda name, module: name.startswith\('1'\)"),
+    "one parameter": (one_name, r"got one_name\(name\): too many positional arguments"),
+    "three": (lambda a, b, c: True, r"got <lambda>\(a, b, c\): missing a required argument: 'c'"),
+}
+
+
+@pytest.mark.parametrize(("include", "says"), NO_INCLUDES.values(), ids=NO_INCLUDES)
+def test_an_include_that_cannot_choose_says_what_can_before_anything_runs(include, says):
+    model = network()
+    before = snapshot(model)
+    says = r"include: expected a function include\(name, module\) or None, " + says
+    for call in (partial(recompute, model, images()), partial(convert, model, "ema")):
+        with pytest.raises(InvalidTypeError, match=says):
+            call(include=include)
+    assert_untouched(model, before)
+
+
+def test_the_include_that_the_message_shows_works():
+    model = nn.Sequential(network(), network())
+    for names in ("1", ("1",)):
+        chosen = eval(f"lambda name, module: name.startswith({names!r})")
+        measured = bnstats.measure_population_stats(network(), images(), include=chosen)
+        assert [*measured] == ["1"]
+    convert(model, "ema", include=lambda name, module: name.startswith("1"))
+    assert [type(model[i][1]).__name__ for i in (0, 1)] == ["BatchNorm2d", "EMABatchNorm2d"]
+
+
+def test_a_forward_takes_the_model_and_the_batch():
+    says = r"forward: expected a function forward\(model, batch\) or None, got <lambda>\(batch\)"
+    with pytest.raises(InvalidTypeError, match=says):
+        recompute(network(), images(), forward=lambda batch: None)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda *args: True, lambda name, module=None: True, partial(max, 0, key=str), isinstance],
+    ids=["variadic", "default", "partial", "builtin"],
+)
+def test_functions_that_take_the_arguments_are_not_refused(function):
+    from bnstats.arguments import check_function
+
+    check_function("include", function, "name, module")
+
+
+def test_a_result_in_the_place_of_its_statistics_is_told_where_they_are():
+    result = recompute(network(), images())
+    for call in (bnstats.estimate_running_error, result.after.merge):
+        with pytest.raises(InvalidTypeError, match=r"got Recalibration; .* are result.after"):
+            call(result)
+
+
+def test_arrays_are_told_how_to_become_tensors():
+    last = [x.movedim(1, -1).numpy() for x in images()]
+    for loader in (last, [(x, 1) for x in last]):
+        with pytest.raises(InvalidTypeError, match=r"from_numpy\(batch\).* pass x.movedim\(-1, 1"):
+            recompute(network(), loader)
+    with pytest.raises(InvalidTypeError, match=r"got ndarray; torch.from_numpy\(x\) is one"):
+        bnstats.Moments.from_batch(last[0])
+
+
+@pytest.mark.skipif(not hasattr(Exception, "add_note"), reason="notes are of Python 3.11")
+@pytest.mark.parametrize("model", [network(), nn.BatchNorm2d(3)], ids=["convolution", "batch norm"])
+def test_channels_in_the_last_axis_are_recognized_by_the_models_error(model):
+    with pytest.raises(RuntimeError) as caught:
+        recompute(model, [x.movedim(1, -1) for x in images()])
+    assert (
+        "if the channels are in the last axis, pass x.movedim(-1, 1)" in caught.value.__notes__[0]
+    )
+
+
+@cases.each_family
+def test_channels_in_the_last_axis_are_recognized_by_layers(family):
+    layer = family.make(2)
+    with pytest.raises(InvalidValueError, match=r"shape \(4, 5, 6, 3\); if the channels .* last"):
+        layer(torch.randn(4, 5, 6, 3))
+    with pytest.raises(InvalidValueError, match=r"shape \(4, 5, 6, 7\)$"):
+        layer(torch.randn(4, 5, 6, 7))
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, NotADirectoryError])
+def test_a_file_that_cannot_be_written_is_named_as_the_caller_named_it(error, tmp_path):
+    stats = bnstats.measure_population_stats(network(), images())
+    folder = tmp_path / "folder"
+    if error is NotADirectoryError:
+        folder.touch()
+    with pytest.raises(error, match=r"to write stats.npz into: '.*folder'") as caught:
+        stats.save(folder / "stats.npz")
+    assert ".part" not in str(caught.value)
+
+
+def test_a_model_without_values_is_refused_and_told_how_to_get_them():
+    stats = bnstats.measure_population_stats(network(), images())
+    with torch.device("meta"):
+        empty = network()
+    for call in (recompute, bnstats.measure_population_stats):
+        with pytest.raises(
+            InvalidValueError, match=r"got '0.weight' on the meta device: .*to_empt"
+        ):
+            call(empty, images())
+    for call in (stats.apply_to, stats.drift_from):  # copying into it would do nothing
+        with pytest.raises(InvalidValueError, match=r"got '1.weight' on the meta device"):
+            call(empty)
+    filled = empty.to_empty(device="cpu")
+    filled.load_state_dict(network().state_dict())
+    assert stats.drift_from(filled)
+
+
+KERAS = "momentum=0.99 weighs the new batch by 0.99 .* 0.99 there is 0.01 here"
+
+
+@cases.each_family
+def test_a_momentum_above_a_half_is_warned_of(family):
+    for cls in (family.base, *family.layers.values()):
+        with pytest.warns(BnstatsWarning, match=f"^{cls.__name__}: {KERAS}"):
+            cls(3, momentum=0.99)
+
+
+@cases.each_family
+def test_a_conversion_warns_once_of_a_momentum_that_it_was_given_and_never_of_the_layers_own(
+    family,
+):
+    model = nn.Sequential(*(nn.BatchNorm2d(3, momentum=0.9) for _ in range(3)))
+    convert(model, family.name)
+    assert {layer.momentum for layer in model} == {0.9}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(model, family.name, momentum=0.99)
+    (warning,) = caught
+    assert re.search(KERAS, str(warning.message))
+    assert warning.filename == __file__
+    assert {layer.momentum for layer in model} == {0.99}
+    bnstats.revert_batchnorm(model)
+    assert {layer.momentum for layer in model} == {0.99}
+
+
+@cases.each_family
+@pytest.mark.parametrize("momentum", [None, 0, 0.02, 0.5, 1, 1.0])
+def test_other_values_of_momentum_are_not_warned_of(family, momentum):
+    family.make(2, momentum=momentum)  # warnings are errors here
+
+
+@cases.each_family
+def test_a_momentum_that_is_set_later_is_not_warned_of(family):
+    # fvcore's update_bn_stats sets 1.0, torch's update_bn None.
+    layer = family.make(1)
+    for momentum in (1.0, 0.9, None):
+        layer.momentum = momentum
+        layer(torch.randn(8, 3))
+
+
+def test_an_estimate_for_a_momentum_above_a_half_warns_too():
+    stats = bnstats.measure_population_stats(network(), images())
+    with pytest.warns(BnstatsWarning, match=KERAS):
+        bnstats.estimate_running_error(stats, momentum=0.99)
+
+
+def test_a_mistyped_option_is_answered_with_the_nearest():
+    with pytest.raises(
+        InvalidTypeError, match=r"windw: .* no such option, the nearest is 'window'"
+    ):
+        convert(network(), "moving_average", windw=16)
+
+
+@pytest.mark.parametrize("method", [None, ["pooled"], "layer_wise"])
+def test_what_is_no_method_is_answered_with_all_of_them(method):
+    says = f"expected one of pooled, .*, sweeps, got {re.escape(repr(method))}"
+    with pytest.raises(InvalidValueError, match=says):
+        recompute(network(), images(), method=method)
+
+
+def test_a_loader_that_has_to_be_called_is_told_so():
+    with pytest.raises(InvalidTypeError, match=r"loader: .* got function; call it"):
+        recompute(network(), images)
+    with pytest.raises(InvalidTypeError, match=r"got Tensor; one batch .* \[batch\]"):
+        recompute(network(), images()[0])
