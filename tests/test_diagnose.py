@@ -258,10 +258,12 @@ def test_drift_is_drawn_of_a_result_of_a_report_and_of_statistics_with_their_mod
         shown = figure.axes[0].get_lines()[0].get_xdata()
         np.testing.assert_array_equal(shown, report["1"].mean_shift)
     assert len({figure.get_suptitle() for figure in of_each}) == 1
-    with pytest.raises(InvalidTypeError, match=r"expected plot_drift\(stats, model\)"):
+    with pytest.raises(InvalidTypeError, match=r"got none: plot_drift\(stats, model\)"):
         bnstats.plot_drift(stats)
     with pytest.raises(InvalidTypeError, match="expected none beside a DriftReport"):
         bnstats.plot_drift(report, model)
+    with pytest.raises(InvalidTypeError, match=r"swapped, pass \(stats, model\)"):
+        bnstats.plot_drift(model, stats)
 
 
 def test_a_figure_survives_pickle_and_leaves_pyplot_alone():

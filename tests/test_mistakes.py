@@ -174,17 +174,27 @@ def test_a_model_without_values_is_refused_and_told_how_to_get_them():
     stats = bnstats.measure_population_stats(network(), images())
     with torch.device("meta"):
         empty = network()
-    for call in (recompute, bnstats.measure_population_stats):
-        with pytest.raises(
-            InvalidValueError, match=r"got '0.weight' on the meta device: .*to_empt"
-        ):
-            call(empty, images())
-    for call in (stats.apply_to, stats.drift_from):  # copying into it would do nothing
-        with pytest.raises(InvalidValueError, match=r"got '1.weight' on the meta device"):
-            call(empty)
+    calls = [lambda: recompute(empty, images()), lambda: stats.apply_to(empty)]
+    for call in [*calls, lambda: stats.drift_from(empty)]:
+        says = r"layer '1' \(BatchNorm2d\): .* got tensors on the meta device: model.to_empty"
+        with pytest.raises(InvalidValueError, match=says):  # copying into them would do nothing
+            call()
     filled = empty.to_empty(device="cpu")
     filled.load_state_dict(network().state_dict())
     assert stats.drift_from(filled)
+
+
+def test_offloaded_parameters_are_no_reason_to_refuse():
+    # accelerate's cpu_offload keeps them on meta, and brings them for each forward.
+    model = network()
+    weight, bias = model[0].weight, model[0].bias
+    model[0].weight, model[0].bias = (nn.Parameter(x.to("meta")) for x in (weight, bias))
+
+    def bring(module, _):
+        module.weight, module.bias = weight, bias
+
+    model[0].register_forward_pre_hook(bring)
+    assert recompute(model, images(), device="cpu").after["1"].count == 3 * 4 * 6 * 6
 
 
 KERAS = "momentum=0.99 weighs the new batch by 0.99 .* 0.99 there is 0.01 here"

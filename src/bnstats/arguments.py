@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from itertools import chain
 
 from torch import Tensor, nn
 
@@ -43,13 +42,17 @@ def _what_came(model: object) -> str:
     return name
 
 
-def check_has_values(model: nn.Module, prefix: str = "") -> None:
-    """Refuse a model with a parameter or buffer on the meta device; its names have a prefix."""
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_meta:
+def check_has_values(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose running statistics are on the meta device, where nothing can be kept.
+
+    Parameters may be there: accelerate's offloading brings them for each forward.
+    """
+    for name, layer in layers.items():
+        if any(buffer.is_meta for buffer in layer.buffers(recurse=False)):
             raise InvalidValueError(
-                f"model: expected parameters and buffers with values, got '{prefix}{name}' on the "
-                "meta device: model.to_empty(device=...), then model.load_state_dict(...)"
+                f"layer '{name}' ({type(layer).__name__}): expected running statistics with "
+                "values, got tensors on the meta device: model.to_empty(device=...), then "
+                "model.load_state_dict(...)"
             )
 
 

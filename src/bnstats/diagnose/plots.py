@@ -128,27 +128,27 @@ def _report(
     result: Recalibration | DriftReport | PopulationStats, model: nn.Module | None
 ) -> DriftReport:
     """Return the drift that is to be drawn."""
-    if isinstance(result, PopulationStats):
-        if model is None:
-            raise InvalidTypeError(
-                "result: PopulationStats alone have nothing to be compared with: expected "
-                "plot_drift(stats, model), with the model whose running statistics are meant"
-            )
-        report = result.drift_from(model)
-    elif model is not None:
-        raise InvalidTypeError(
-            f"model: expected none beside a {type(result).__name__}, got {type(model).__name__}; "
-            "it goes with PopulationStats alone"
-        )
-    elif isinstance(result, Recalibration):
-        report = result.drift
-    elif isinstance(result, DriftReport):
-        report = result
-    else:
+    if not isinstance(result, (Recalibration, DriftReport, PopulationStats)):
+        swapped = isinstance(result, nn.Module) and model is not None
         raise InvalidTypeError(
             "result: expected a Recalibration, a DriftReport, or PopulationStats and a model, got "
             f"{type(result).__name__}"
+            + (": the arguments are swapped, pass (stats, model)" if swapped else "")
         )
+    if not isinstance(result, PopulationStats):
+        if model is not None:
+            raise InvalidTypeError(
+                f"model: expected none beside a {type(result).__name__}, got "
+                f"{type(model).__name__}; it goes with PopulationStats alone"
+            )
+        report = result.drift if isinstance(result, Recalibration) else result
+    elif model is None:
+        raise InvalidTypeError(
+            "result: expected PopulationStats together with the model whose running statistics "
+            "are compared with them, got none: plot_drift(stats, model)"
+        )
+    else:
+        report = result.drift_from(model)
     if not report:
         raise InvalidValueError("result: expected at least one layer, got none")
     return report

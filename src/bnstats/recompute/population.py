@@ -224,8 +224,7 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
         LayerMismatchError: a layer is not in the model, or has other channels.
     """
     layers = named_batchnorms(model, lambda *_: True)
-    for name in stats.keys() & layers.keys():
-        check_has_values(layers[name], f"{name}." if name else "")
+    check_has_values({name: layer for name, layer in layers.items() if name in stats})
     missing = [name for name in stats if name not in layers]
     if missing:
         raise LayerMismatchError(
