@@ -225,19 +225,6 @@ def test_a_detector_with_our_norm_layer_trains_and_comes_back(layer):
 # timm
 
 
-def test_timms_efficientnet_is_refused_by_conversion_and_served_by_recalibration():
-    # pytorch#187298: torch's own converter drops the activation of such a layer
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("efficientnet_b0", pretrained=False)
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(bnstats.errors.InvalidTypeError, match=r"'bn1' \(BatchNormAct2d\).*forward"):
-        bnstats.convert_batchnorm(model, "ema")
-    assert [type(module) for module in model.modules()] == before
-    loader = torch.randn(8, 3, 32, 32).split(4)
-    result = bnstats.recompute_population_stats(model, loader)
-    assert len(result.after) == len(batchnorms(model))
-
-
 def test_timms_resnet_converts_and_comes_back():
     timm = pytest.importorskip("timm")
     model = timm.create_model("resnet18", pretrained=False)

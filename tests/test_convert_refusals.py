@@ -284,7 +284,7 @@ def test_helpers_beside_an_inherited_forward_are_no_reason_to_refuse(family):
     if family.name != "moving_average":
         torch.testing.assert_close(model(x), expected)
     bnstats.revert_batchnorm(model)
-    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[1]) is Helpful
 
 
 def test_torchvisions_video_models_convert_to_moving_averages():
@@ -294,3 +294,30 @@ def test_torchvisions_video_models_convert_to_moving_averages():
     classes = {type(module).__name__ for module in model.modules()}
     assert {"CenteredConv3d", "MovingAverageBatchNorm3d"} <= classes
     assert "Conv3DSimple" not in classes
+
+
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18"])
+def test_torchvisions_video_models_train_and_come_back_to_their_own_classes(name):
+    video = importlib.import_module("torchvision.models.video")
+    model, x = getattr(video, name)(), torch.randn(2, 3, 4, 24, 24)
+    before = [type(module) for module in model.modules()]
+    bnstats.convert_batchnorm(model, "moving_average")
+    bnstats.convert_batchnorm(model, "ema")  # through two families
+    model.train()(x).square().mean().backward()
+    bnstats.recompute_population_stats(model, [x])
+    expected = model.eval()(x)
+    torch.testing.assert_close(bnstats.revert_batchnorm(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert [type(module) for module in model.modules()] == before
+
+
+@families
+def test_a_class_that_was_remembered_is_not_kept_after_the_way_back(family):
+    layer = Helpful(3)
+    attributes = vars(layer).keys()
+    bnstats.revert_batchnorm(bnstats.convert_batchnorm(nn.Sequential(layer), family.name))
+    assert type(layer) is Helpful
+    assert "plain_class" not in vars(layer)
+    assert attributes <= vars(layer).keys()
+    built = family.make(2)
+    bnstats.revert_batchnorm(nn.Sequential(built))
+    assert type(built) is nn.BatchNorm2d

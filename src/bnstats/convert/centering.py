@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnstats.convert.change import check_writable
-from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, target_class, with_parametrizations
+from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, change_class, target_class
 from bnstats.errors import InvalidValueError
 from bnstats.layers.centered import CenteredForward, centered
 from bnstats.traversal import Include, check_materialized, named_layers, unwrap
@@ -45,7 +45,7 @@ class Recentering:
             weight = self.module.weight
             assert isinstance(weight, nn.Parameter)
             weight.copy_(centered(weight))
-        self.module.__class__ = with_parametrizations(self.cls, self.module)
+        change_class(self.module, self.cls)
 
 
 def plan_centering(

@@ -15,10 +15,10 @@ from bnstats.convert.families import (
     CENTERED,
     FAMILIES,
     PLAIN,
+    change_class,
     family_of,
     known_class,
     target_class,
-    with_parametrizations,
 )
 from bnstats.distributed import is_group
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError, nearest
@@ -56,7 +56,7 @@ class Change:
             if getattr(module, name, None) is None:
                 persistent = name not in donor._non_persistent_buffers_set
                 module.register_buffer(name, buffer, persistent)
-        module.__class__ = with_parametrizations(self.cls, module)
+        change_class(module, self.cls)
         for name in self.options:
             setattr(module, name, getattr(donor, name))
         if isinstance(module, RunningStatsBatchNorm):

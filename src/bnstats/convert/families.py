@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -60,6 +62,16 @@ FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
 _COLUMNS = {known: column for row in FAMILIES.values() for column, known in enumerate(row)}
 _FAMILY_OF = {known: family for family, row in FAMILIES.items() for known in row}
 
+# Layers of other packages that normalize and more, by package and class, and the module of what
+# they become. It is imported when one of them is there, and its package with it.
+_ADAPTERS = {
+    ("timm", "BatchNormAct2d"): "bnstats.layers.batch_norm_act",
+    ("timm", "SyncBatchNormAct"): "bnstats.layers.batch_norm_act",
+}
+
+_CAME_FROM = "plain_class"
+"""The attribute in which a layer keeps the class of torch's kind that it had, for the way back."""
+
 # What a class holds without behaving differently for it.
 _INERT = {
     *("__init__", "__init_subclass__", "__annotate__", "__annotate_func__", "__bnstats_class__"),
@@ -94,6 +106,17 @@ def with_parametrizations(cls: type[nn.Module], module: nn.Module) -> type[nn.Mo
     return type(f"Parametrized{cls.__name__}", (cls,), dict(vars(type(module))))
 
 
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a layer one of another class; it remembers a subclass of torch's that it was of."""
+    before = written_class(module)
+    remembered = vars(module).pop(_CAME_FROM, None)
+    if known_class(before) is not before and family_of(module) == PLAIN:
+        remembered = before
+    module.__class__ = with_parametrizations(cls, module)
+    if remembered is not None and family_of(module) != PLAIN:
+        vars(module)[_CAME_FROM] = remembered
+
+
 def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
     """Return what the class of a layer becomes in the family ``to``.
 
@@ -106,6 +129,9 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
     known = known_class(cls)
     if known is not None and _FAMILY_OF[known] == to:
         return cls
+    remembered: type[nn.Module] | None = vars(module).get(_CAME_FROM)
+    if to == PLAIN and remembered is not None:
+        return _check_layout(where, cls, remembered)
     said = _said_class(where, cls, to)
     if said is not None:
         return _check_layout(where, cls, said)
@@ -143,8 +169,8 @@ def _check_layout(where: str, cls: type[nn.Module], target: type[nn.Module]) -> 
 
 
 def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | None:
-    """Ask the class of a layer what it becomes."""
-    says = getattr(cls, "__bnstats_class__", None)
+    """Ask the class of a layer, or the adapter of its package, what it becomes."""
+    says = getattr(cls, "__bnstats_class__", None) or _adapter(cls)
     said: type[nn.Module] | None = None if says is None else says(to)
     if said is None:
         return None
@@ -156,6 +182,14 @@ def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | 
             f"one of {names}, got {said!r}"
         )
     return said
+
+
+def _adapter(cls: type[nn.Module]) -> Callable[[str], type[nn.Module] | None] | None:
+    module = _ADAPTERS.get((cls.__module__.partition(".")[0], cls.__name__))
+    if module is None:
+        return None
+    activated: Callable[[str], type[nn.Module] | None] = import_module(module).activated
+    return activated
 
 
 def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> list[str]:

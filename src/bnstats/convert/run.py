@@ -111,6 +111,14 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
         BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without.
 
     Note:
+        ``nn.SyncBatchNorm.convert_sync_batchnorm`` comes first, and this function second: on a
+        converted model it would put plain layers in the place of these, which they warn of, and
+        leave centered layers as they are.
+
+        timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` become layers of the family that drop
+        out and activate as theirs do (:mod:`bnstats.integrations.timm`). On the way back every
+        layer becomes one of the class that it came from.
+
         The author of a subclass can say what it becomes: a class method
         ``__bnstats_class__(to)`` returns the class for the family ``to``, or for ``"plain"`` on
         the way back, or None for none. The class returned derives from the family's

@@ -15,6 +15,7 @@ from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.given_moments import by_definition, normalize_batch
 from bnstats.layers.replicas import Replicas
+from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
 from bnstats.masks import Mask
 from bnstats.private import in_backward_pass, intercepted, on_host, only_reverse_mode, unseen
@@ -44,6 +45,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
 
     _held = False
     """Whether training forwards move nothing; set by :func:`bnstats.hold_statistics`."""
+
+    qconfig = Unset()
 
     def __init__(
         self,

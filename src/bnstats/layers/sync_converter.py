@@ -1,0 +1,33 @@
+"""Noticing that torch's converter makes plain synchronized layers of this package's."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from torch import nn
+
+from bnstats.errors import warn
+
+
+class Unset:
+    """An attribute that a layer does not have, and that warns of who asks for it.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` puts a new layer in the place of every BatchNorm,
+    whatever its class, and so do timm's of that name and trainers that call it (Lightning's
+    ``Trainer(sync_batchnorm=True)``). They offer no hook, but they ask each layer for its
+    ``qconfig``, to copy that. A layer that quantization has given one has it as usual.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: nn.Module | None, owner: type | None = None) -> NoReturn:
+        if layer is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            name = type(layer).__name__
+            warn(
+                f"convert_sync_batchnorm puts a plain SyncBatchNorm in the place of {name}, and "
+                "leaves centered layers as they are: use bnstats.convert_batchnorm(..., sync=True) "
+                "in its place"
+            )
+        raise AttributeError(f"{owner} has no attribute {self._name!r}")
