@@ -11,6 +11,7 @@ from bnstats.arguments import check_function, check_module
 from bnstats.convert.centering import Recentering, plan_centering, plan_folding
 from bnstats.convert.change import Change, check_options, plan
 from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
+from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.layers.moving_average_state import far_from_zero
 from bnstats.traversal import Include, check_materialized, named_layers
@@ -28,6 +29,7 @@ def convert_batchnorm(
     *,
     include: Include | None = None,
     momentum: float | None = ...,
+    sync: Sync = ...,
     debias: bool = ...,
     pooled: bool = ...,
 ) -> M: ...
@@ -38,6 +40,7 @@ def convert_batchnorm(
     *,
     include: Include | None = None,
     momentum: float | None = ...,
+    sync: Sync = ...,
 ) -> M: ...
 @overload
 def convert_batchnorm(
@@ -46,6 +49,7 @@ def convert_batchnorm(
     *,
     include: Include | None = None,
     momentum: float | None = ...,
+    sync: Sync = ...,
     window: int = ...,
     warmup: int = ...,
     renorm_warmup: int = ...,

@@ -48,9 +48,11 @@ def _document_options() -> None:
     ``EMABatchNorm2d?`` is to tell them, in the words of the one place where they are written.
     """
     for name in __all__:
-        cls: type = globals()[name]
-        family: type = cls.__bases__[0]
-        if not name.endswith("d") or family.__name__ not in __all__ or not family.__doc__:
+        cls = globals()[name]
+        if not isinstance(cls, type) or not name.endswith("d"):
+            continue
+        family = cls.__bases__[0]
+        if family.__name__ not in __all__ or not family.__doc__:
             continue  # python -OO leaves no docstrings
         _, begin, rest = family.__doc__.partition("    Args:\n")
         options, _, _ = rest.partition("\n\n")
