@@ -115,9 +115,9 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
         BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without.
 
     Note:
-        ``nn.SyncBatchNorm.convert_sync_batchnorm`` comes first, and this function second: on a
-        converted model it would put plain layers in the place of these, which they warn of, and
-        leave centered layers as they are.
+        ``nn.SyncBatchNorm.convert_sync_batchnorm`` comes first, and this function second; or
+        this one alone, with ``sync=True``. On a converted model torch's would put plain layers
+        in the place of these, which they warn of, and leave centered layers as they are.
 
         timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` become layers of the family that drop
         out and activate as theirs do (:mod:`bnstats.integrations.timm`). On the way back every

@@ -27,7 +27,8 @@ class Unset:
             name = type(layer).__name__
             warn(
                 f"convert_sync_batchnorm puts a plain SyncBatchNorm in the place of {name}, and "
-                "leaves centered layers as they are: use bnstats.convert_batchnorm(..., sync=True) "
-                "in its place"
+                "leaves centered layers as they are: call it first, and "
+                "bnstats.convert_batchnorm on the model that it returns; or leave it out, and pass "
+                "sync=True to bnstats.convert_batchnorm"
             )
         raise AttributeError(f"{owner} has no attribute {self._name!r}")
