@@ -41,6 +41,7 @@ FAMILIES = [
     family("ema", "EMABatchNorm"),
     family("cumulative", "CumulativeBatchNorm"),
     family("moving_average", "MovingAverageBatchNorm", batch_statistics=False),
+    family("renorm", "RenormBatchNorm", batch_statistics=False, options={"warmup": 1, "ramp": 2}),
 ]
 
 

@@ -76,6 +76,19 @@ def gaussian_kl(mean_p, var_p, mean_q, var_q):
     return 0.5 * (np.log(var_q / var_p) + (var_p + (mean_p - mean_q) ** 2) / var_q - 1)
 
 
+def renormalized(x, weight, bias, mean, var, eps, max_ratio, max_shift):
+    """Batch Renormalization of a batch (N, C, ...) behind running statistics; and r and d."""
+    x = np.asarray(x, dtype=np.float64)
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    batch_mean, batch_var = mean_var([x], correction=0)
+    sd, running_sd = np.sqrt(batch_var + eps), np.sqrt(var + eps)
+    r = np.clip(sd / running_sd, 1 / max_ratio, max_ratio)
+    d = np.clip((batch_mean - mean) / running_sd, -max_shift, max_shift)
+    z = (x - batch_mean.reshape(shape)) / sd.reshape(shape)
+    y = z * r.reshape(shape) + d.reshape(shape)
+    return y * weight.reshape(shape) + bias.reshape(shape), r, d
+
+
 class MovingAverage:
     """MABN as DESIGN section 4 states it, for one layer: forward, backward, state."""
 

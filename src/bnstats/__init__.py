@@ -6,6 +6,7 @@ The map:
   average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
 - :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
   :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
+- :class:`RenormBatchNorm2d` and its: batch renormalization, training that follows evaluation.
 - :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
   in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`masked`: let padding count for nothing, in all layers of a model.
@@ -51,6 +52,10 @@ from bnstats.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    RenormBatchNorm,
+    RenormBatchNorm1d,
+    RenormBatchNorm2d,
+    RenormBatchNorm3d,
     masked,
 )
 from bnstats.moments import Moments
@@ -95,6 +100,10 @@ __all__ = [
     "Observation",
     "PopulationStats",
     "Recalibration",
+    "RenormBatchNorm",
+    "RenormBatchNorm1d",
+    "RenormBatchNorm2d",
+    "RenormBatchNorm3d",
     "RunningError",
     "RunningStats",
     "convert_batchnorm",

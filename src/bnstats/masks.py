@@ -101,7 +101,7 @@ def _broadcasts(shape: Sequence[int], positions: Sequence[int]) -> bool:
     if len(shape) > len(positions):
         return False
     pairs = zip(reversed(shape), reversed(positions), strict=False)
-    return all(own in (1, theirs) for own, theirs in pairs)
+    return all(own == 1 or own == theirs for own, theirs in pairs)  # not in a tuple: SymInts
 
 
 def _can_shrink(shape: Sequence[int], positions: Sequence[int]) -> bool:

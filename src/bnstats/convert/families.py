@@ -28,6 +28,10 @@ from bnstats.layers import (
     MovingAverageBatchNorm1d,
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
+    RenormBatchNorm,
+    RenormBatchNorm1d,
+    RenormBatchNorm2d,
+    RenormBatchNorm3d,
 )
 from bnstats.layers.centered import CenteredForward, centered_subclass
 
@@ -50,6 +54,7 @@ FAMILIES: dict[str, tuple[type[nn.Module], ...]] = {
         CumulativeBatchNorm2d,
         CumulativeBatchNorm3d,
     ),
+    "renorm": (RenormBatchNorm, RenormBatchNorm1d, RenormBatchNorm2d, RenormBatchNorm3d),
     CENTERED: (
         MovingAverageBatchNorm,
         MovingAverageBatchNorm1d,

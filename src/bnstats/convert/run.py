@@ -18,7 +18,7 @@ from bnstats.traversal import Include, check_materialized, named_layers
 
 M = TypeVar("M", bound=nn.Module)
 
-Target: TypeAlias = Literal["ema", "cumulative", "moving_average"]
+Target: TypeAlias = Literal["ema", "cumulative", "moving_average", "renorm"]
 
 
 # The options of each family, for type checkers and editors.
@@ -56,6 +56,21 @@ def convert_batchnorm(
     max_ratio: float = ...,
     center: bool = ...,
 ) -> M: ...
+@overload
+def convert_batchnorm(
+    model: M,
+    to: Literal["renorm"],
+    *,
+    include: Include | None = None,
+    momentum: float | None = ...,
+    sync: Sync = ...,
+    warmup: int = ...,
+    ramp: int = ...,
+    max_ratio: float = ...,
+    max_shift: float = ...,
+    debias: bool = ...,
+    pooled: bool = ...,
+) -> M: ...
 def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, **options: Any) -> M:
     """Make the BatchNorm layers of a model those of a family, in place.
 
@@ -68,8 +83,8 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
 
     What the running statistics go on from:
 
-    - ``"ema"``: they go on as an average. Statistics that are not the initial ones and that no
-      batch was counted for are taken as one that has forgotten its start (see
+    - ``"ema"``, ``"renorm"``: they go on as an average. Statistics that are not the initial
+      ones and that no batch was counted for are taken as one that has forgotten its start (see
       :class:`EMABatchNorm`). The model evaluates to the same bits.
     - ``"cumulative"``: ``num_values_tracked`` is 0. The statistics serve evaluation, to the
       same bits, until the first training batch replaces them.
@@ -87,7 +102,7 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
 
     Args:
         model: any Module.
-        to: ``"ema"``, ``"cumulative"`` or ``"moving_average"``.
+        to: ``"ema"``, ``"cumulative"``, ``"moving_average"`` or ``"renorm"``.
         include: ``include(name, module) -> bool`` chooses layers, those to be centered too; the
             others stay as they are. A layer in several places goes by the first one's name.
         **options: keyword-only arguments of the family's class (for ``"ema"`` ``debias`` and

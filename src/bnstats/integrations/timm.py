@@ -24,6 +24,7 @@ try:
         CumulativeBatchNormAct2d,
         EMABatchNormAct2d,
         MovingAverageBatchNormAct2d,
+        RenormBatchNormAct2d,
         activated,
     )
 except ImportError as error:
@@ -33,6 +34,7 @@ __all__ = [
     "CumulativeBatchNormAct2d",
     "EMABatchNormAct2d",
     "MovingAverageBatchNormAct2d",
+    "RenormBatchNormAct2d",
     "norm_act_layer",
 ]
 
@@ -41,7 +43,7 @@ def norm_act_layer(to: str, **options: Any) -> Callable[..., nn.Module]:
     """Return a function that ``timm.create_model`` takes as its ``norm_layer``.
 
     Args:
-        to: ``"ema"``, ``"cumulative"`` or ``"moving_average"``.
+        to: ``"ema"``, ``"cumulative"``, ``"moving_average"`` or ``"renorm"``.
         **options: of the family's class; ``act_layer``, the activation (by default ReLU),
             ``act_kwargs``, ``inplace``.
 
@@ -59,7 +61,7 @@ def norm_act_layer(to: str, **options: Any) -> Callable[..., nn.Module]:
     """
     cls = None if to == "plain" else activated(to)
     if cls is None:
-        expected = "ema, cumulative, moving_average"
+        expected = "ema, cumulative, moving_average, renorm"
         raise InvalidValueError(f"to: expected one of {expected}, got {to!r}")
 
     # A function, not a class or a partial: timm looks up what classes stand for by their names.

@@ -20,6 +20,12 @@ from bnstats.layers.moving_average import (
     MovingAverageBatchNorm2d,
     MovingAverageBatchNorm3d,
 )
+from bnstats.layers.renorm import (
+    RenormBatchNorm,
+    RenormBatchNorm1d,
+    RenormBatchNorm2d,
+    RenormBatchNorm3d,
+)
 
 __all__ = [
     "CenteredConv1d",
@@ -38,6 +44,10 @@ __all__ = [
     "MovingAverageBatchNorm1d",
     "MovingAverageBatchNorm2d",
     "MovingAverageBatchNorm3d",
+    "RenormBatchNorm",
+    "RenormBatchNorm1d",
+    "RenormBatchNorm2d",
+    "RenormBatchNorm3d",
     "masked",
 ]
 

@@ -23,6 +23,15 @@ def check_number(name: str, argument: str, value: Any) -> None:
         raise InvalidTypeError(f"{name}: {argument}: expected a number, got {type(value).__name__}")
 
 
+def check_limit(name: str, argument: str, value: Any, least: float) -> None:
+    """Refuse an argument that is not a finite number of at least ``least``."""
+    check_number(name, argument, value)
+    if not least <= value < math.inf:
+        raise InvalidValueError(
+            f"{name}: {argument}: expected a finite number of {least} or more, got {value}"
+        )
+
+
 def check_eps(name: str, eps: float) -> None:
     """Refuse an eps that leaves a constant channel's variance 0."""
     check_number(name, "eps", eps)

@@ -13,7 +13,7 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
-from bnstats.layers.given_moments import by_definition, normalize_batch
+from bnstats.layers.given_moments import by_definition, normalize_batch, scale_and_shift
 from bnstats.layers.replicas import Replicas
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
@@ -169,13 +169,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
     ) -> Tensor:
         if batch is not None:
             return self._forward_batch(input, batch, tracks=self.momentum != 0 and not self._held)
-        count = input.numel() // self.num_features
-        if count == 1:
-            raise InvalidValueError(
-                f"{type(self).__name__}({self.num_features}): expected more than 1 value per "
-                f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
-                "leave such a batch out, or use MovingAverageBatchNorm"
-            )
+        count = self._count_values(input)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
         like = running_mean
@@ -206,6 +200,17 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
                 track(mean, var, count)
         return output.to(input.dtype)
 
+    def _count_values(self, input: Tensor) -> int:
+        """Return the number of values per channel; one has no variance."""
+        count = input.numel() // self.num_features
+        if count == 1:
+            raise InvalidValueError(
+                f"{type(self).__name__}({self.num_features}): expected more than 1 value per "
+                f"channel when training, got shape {tuple(input.shape)}: one has no variance; "
+                "leave such a batch out, or use MovingAverageBatchNorm"
+            )
+        return count
+
     def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
         """Normalize by the values that a mask leaves, and by those of other processes."""
         weight: Tensor | None = self.weight
@@ -216,14 +221,16 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             weight = None if weight is None else weight.float()
             bias = None if bias is None else bias.float()
         if batch.replicas is None and (is_traced() or not only_reverse_mode()):
-            assert batch.mask is not None  # else there is nothing to be done here
-            output, count, mean, var = by_definition(input, weight, bias, self.eps, batch.mask)
+            z, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()
+            weight, bias = self._scale_and_shift(weight, bias, mean, var)
+            output = scale_and_shift(z, weight, bias).to(input.dtype)
         else:
             count, mean, m2 = batch.moments(input)
             if on_host(count):
                 batch.check_count(input, int(count), 2)
             mean, var = mean.to(dtype), batch_variance(m2, count).to(dtype)
+            weight, bias = self._scale_and_shift(weight, bias, mean, var)
             output = normalize_batch(input, weight, bias, mean, var, self.eps, batch, count)
         if tracks and not in_backward_pass():
             with unseen():
@@ -233,3 +240,13 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
                 elif count > 0:
                     self._track_on_host(mean, unbiased, int(count))
         return output
+
+    def _scale_and_shift(
+        self,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,  # noqa: ARG002
+        var: Tensor,  # noqa: ARG002
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the batch's normalized values are multiplied by, and what is added."""
+        return weight, bias

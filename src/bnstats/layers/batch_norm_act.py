@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bnstats.layers.cumulative import CumulativeBatchNorm2d
 from bnstats.layers.ema import EMABatchNorm2d
 from bnstats.layers.moving_average import MovingAverageBatchNorm2d
+from bnstats.layers.renorm import RenormBatchNorm2d
 
 
 class Activated(nn.Module):
@@ -88,11 +89,18 @@ class MovingAverageBatchNormAct2d(Activated, BatchNormAct2d, MovingAverageBatchN
     _family = MovingAverageBatchNorm2d
 
 
+class RenormBatchNormAct2d(Activated, BatchNormAct2d, RenormBatchNorm2d):
+    """:class:`bnstats.RenormBatchNorm2d` with an activation; also timm's ``BatchNormAct2d``."""
+
+    _family = RenormBatchNorm2d
+
+
 _FAMILIES: dict[str, type[nn.Module]] = {
     "plain": BatchNormAct2d,
     "ema": EMABatchNormAct2d,
     "cumulative": CumulativeBatchNormAct2d,
     "moving_average": MovingAverageBatchNormAct2d,
+    "renorm": RenormBatchNormAct2d,
 }
 
 

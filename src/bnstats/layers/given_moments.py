@@ -42,32 +42,38 @@ def normalize_batch(
     count: Tensor,
 ) -> Tensor:
     """Normalize x by the mean and biased variance of a batch of ``count`` values."""
+    if batch.mask is None and batch.replicas is None:
+        return normalize(x, weight, bias, mean, var, eps)
     arguments = (x, weight, bias, mean, var, eps, batch.mask, count, batch.replicas)
     output: Tensor = _Normalize.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
 def by_definition(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor
+    x: Tensor, eps: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute it by torch's operators alone, for what transforms or differentiates each of them.
+    """Compute z by torch's operators alone, for what transforms or differentiates each of them.
 
     Returns:
-        The output, and the number, mean and biased variance of the valid values.
+        z, and the number, mean and biased variance of the valid values.
     """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=x.device)
     count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
     divisor = count.clamp(min=1)
     mean = torch.where(mask, wide, 0).sum(axes, keepdim=True) / divisor
     centered = wide - mean
     var = torch.where(mask, centered, 0).square().sum(axes, keepdim=True) / divisor
-    output = centered * (var + eps).rsqrt()
+    return centered * (var + eps).rsqrt(), count, mean.flatten(), var.flatten()
+
+
+def scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return ``weight z + bias`` along the channels."""
     if weight is not None:
-        output = output * _along_channels(weight, x)
-    if bias is not None:
-        output = output + _along_channels(bias, x)
-    return output.to(x.dtype), count, mean.flatten(), var.flatten()
+        z = z * _along_channels(weight, z)
+    return z if bias is None else z + _along_channels(bias, z)
 
 
 class _Normalize(torch.autograd.Function):
@@ -141,12 +147,12 @@ def _differentiable_gradients(
     ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return gradients that have gradients themselves: create_graph asks for that."""
-    if ctx.replicas is not None or mask is None:
+    if ctx.replicas is not None:
         raise InvalidValueError(
             "create_graph: expected False for a synchronized layer, got True: the collective in "
             "its gradient has no derivative; use sync=None for second derivatives"
         )
-    output, *_ = by_definition(x, weight, None, ctx.eps, mask)
+    output = scale_and_shift(by_definition(x, ctx.eps, mask)[0], weight, None).to(x.dtype)
     inputs = [x] if weight is None else [x, weight]
     grads = torch.autograd.grad(output, inputs, grad, create_graph=True, allow_unused=True)
     axes = [axis for axis in range(x.dim()) if axis != 1]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnstats.errors import InvalidValueError
-from bnstats.layers.arguments import check_integer, check_number
+from bnstats.layers.arguments import check_integer, check_limit
 from bnstats.layers.batch import Batch
 from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
@@ -143,7 +143,7 @@ class MovingAverageBatchNorm(MovingAverageState):
         check_integer(name, "window", window, 1)
         check_integer(name, "warmup", warmup, 0)
         check_integer(name, "renorm_warmup", renorm_warmup, 0)
-        _check_max_ratio(name, max_ratio)
+        check_limit(name, "max_ratio", max_ratio, 1)
         if not track_running_stats:
             raise InvalidValueError(
                 f"{name}: track_running_stats: expected True, got {track_running_stats}: the "
@@ -215,9 +215,3 @@ class MovingAverageBatchNorm3d(MovingAverageBatchNorm, nn.BatchNorm3d):
     """:class:`MovingAverageBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
 
     _input_dims = (5,)
-
-
-def _check_max_ratio(name: str, value: float) -> None:
-    check_number(name, "max_ratio", value)
-    if not value >= 1:
-        raise InvalidValueError(f"{name}: max_ratio: expected a number of 1 or more, got {value}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,17 +15,12 @@ from torch import Tensor
 from bnstats.distributed import Peers, is_group
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 from bnstats.layers.operators import opaque, register
+from bnstats.layers.recall import Recall
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_REMEMBERED = 16
-"""Forwards whose exchanges are kept for activation checkpointing, which runs them again."""
-
-_SAME_BATCH = 0.01
-"""Relative distance up to which two messages can be one batch's, computed twice."""
 
 _KEYS = itertools.count()
 _LIVING: WeakValueDictionary[int, Replicas] = WeakValueDictionary()
@@ -49,7 +43,7 @@ class Replicas:
         self._group = None if isinstance(sync, bool) else sync
         self.key = next(_KEYS)
         _LIVING[self.key] = self
-        self._exchanges: deque[tuple[Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+        self._exchanges = Recall()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
         return Replicas(self.sync)  # a process group cannot be copied
@@ -107,7 +101,7 @@ class Replicas:
     def exchange(self, message: Tensor) -> Tensor:
         """Send a message and receive the others', or find those of a forward that is repeated."""
         if in_backward_pass():
-            return self._recall(message)
+            return self._exchanges.find(message)
         messages = self._peers().all_gather(message)
         if on_host(messages):
             failed = messages[:, 0].isnan().nonzero().flatten().tolist()
@@ -117,30 +111,12 @@ class Replicas:
                     "of a synchronized layer's group (see its own error)"
                 )
         # Copies: compiled code may reuse the memory of both.
-        self._exchanges.append((message.clone(), messages.clone()))
+        self._exchanges.remember(message.clone(), messages.clone())
         return messages
 
     def total(self, x: Tensor) -> Tensor:
         """Add up over the processes, in rank order: the same bits for all."""
         return self._peers().all_gather(x).sum(0)
-
-    def _recall(self, message: Tensor) -> Tensor:
-        """Find the latest exchange of this message; nothing else tells a forward apart."""
-        known = [pair for pair in reversed(self._exchanges) if pair[0].shape == message.shape]
-        if known:
-            sent = torch.stack([own for own, _ in known])
-            distance = torch.linalg.vector_norm(sent - message, dim=1)
-            index = distance.nan_to_num(nan=torch.inf).argmin().view(1)
-            found = distance[index] <= _SAME_BATCH * torch.linalg.vector_norm(message)
-            received = torch.stack([messages for _, messages in known])
-            if not on_host(message) or found or not message.isfinite().all():
-                messages = received.index_select(0, index).squeeze(0)
-                return torch.where(found, messages, torch.nan)
-        raise InvalidValueError(
-            "sync: a training forward inside a backward pass is taken for one that activation "
-            f"checkpointing runs again, but none of the last {_REMEMBERED} had this input: run "
-            f"backward at most {_REMEMBERED} forwards later"
-        )
 
 
 def _check_sync(sync: Any, where: str) -> None:

@@ -1,0 +1,119 @@
+"""What the last training forwards had, for activation checkpointing, which runs them again."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from bnstats.errors import InvalidValueError
+from bnstats.layers.operators import opaque, register
+from bnstats.private import in_backward_pass, on_host
+
+_REMEMBERED = 16
+"""Forwards that are remembered."""
+
+_SAME_BATCH = 0.01
+"""Relative distance up to which two keys can be one batch's, computed twice."""
+
+_IDENTITIES = itertools.count()
+_LIVING: WeakValueDictionary[int, Recall] = WeakValueDictionary()
+
+
+class Recall:
+    """A value for each of the last forwards, by a vector that tells the forward's batch.
+
+    A copy, or what is unpickled, remembers nothing.
+
+    Args:
+        before: the rows of the value of forwards before the first that was remembered; None
+            where every forward was.
+
+    Attributes:
+        identity: a number, by which an operator finds this object.
+    """
+
+    def __init__(self, before: tuple[float, ...] | None = None) -> None:
+        self._before = before
+        self.identity = next(_IDENTITIES)
+        _LIVING[self.identity] = self
+        self._forwards: deque[tuple[Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recall:
+        return Recall(self._before)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recall, (self._before,)
+
+    def remember(self, key: Tensor, value: Tensor) -> None:
+        """Keep the value of a forward."""
+        self._forwards.append((key, value))
+
+    def begins_after(self, key: Tensor) -> bool:
+        """Ask, on the host, whether a forward came before all that were ever remembered."""
+        if len(self._forwards) == _REMEMBERED:
+            return False
+        limit = _SAME_BATCH * torch.linalg.vector_norm(key)
+        return all(torch.linalg.vector_norm(own - key) > limit for own, _ in self._forwards)
+
+    def find(self, key: Tensor) -> Tensor:
+        """Return the value of the latest forward with this key; of one not finite NaN.
+
+        Raises:
+            InvalidValueError: the forward is too long ago; where the host does not wait for the
+                device, NaN comes of it.
+        """
+        known = [pair for pair in reversed(self._forwards) if pair[0].shape == key.shape]
+        before = None
+        if self._before is not None and len(self._forwards) < _REMEMBERED:
+            before = torch.stack([torch.full_like(key, row) for row in self._before])
+        if not known:
+            if before is None:
+                raise _too_long_ago()
+            return before
+        keys, values = (torch.stack(column) for column in zip(*known, strict=True))
+        distance = torch.linalg.vector_norm(keys - key, dim=1).nan_to_num(nan=torch.inf)
+        index = distance.argmin().view(1)
+        found = distance[index] <= _SAME_BATCH * torch.linalg.vector_norm(key)
+        if on_host(key) and before is None and not found and key.isfinite().all():
+            raise _too_long_ago()
+        value = values.index_select(0, index).squeeze(0)
+        return torch.where(found, value, torch.nan if before is None else before)
+
+    def same(self, key: Tensor, value: Tensor) -> Tensor:
+        """Return the value of this forward, or of the one that it repeats."""
+        same: Tensor = opaque(_OPERATOR, _same)(key, value, self.identity)
+        return same
+
+
+def _too_long_ago() -> InvalidValueError:
+    return InvalidValueError(
+        "a training forward inside a backward pass is taken for one that activation "
+        f"checkpointing runs again, but none of the last {_REMEMBERED} had this input: run "
+        f"backward at most {_REMEMBERED} forwards later"
+    )
+
+
+def _same(key: Tensor, value: Tensor, identity: int) -> Tensor:
+    if torch.compiler.is_compiling():  # an export: nothing runs again there
+        return value
+    if in_backward_pass():
+        return _LIVING[identity].find(key)
+    _LIVING[identity].remember(key, value)
+    return value
+
+
+def _operator(key: Tensor, value: Tensor, identity: int) -> Tensor:
+    # Copies: compiled code may reuse the memory, and an operator may not return an argument.
+    return _same(key.clone(), value.clone(), identity).clone()
+
+
+def _shape(key: Tensor, value: Tensor, identity: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(value)
+
+
+_OPERATOR = register("recall", _operator, _shape)

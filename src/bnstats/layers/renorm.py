@@ -1,0 +1,192 @@
+"""BatchNorm that trains with what it evaluates with: Batch Renormalization."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from bnstats.layers.arguments import check_integer, check_limit
+from bnstats.layers.batch import Batch
+from bnstats.layers.ema import EMABatchNorm
+from bnstats.layers.recall import Recall
+from bnstats.moments import Number
+from bnstats.private import in_backward_pass, on_host, unseen
+from bnstats.reduction import mean_and_m2
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class RenormBatchNorm(EMABatchNorm):
+    r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, whose training follows its evaluation.
+
+    Batch Renormalization: the batch's statistics normalize, as in ``nn.BatchNorm``, and a scale
+    and a shift, through which no gradient goes, make the output that of the running statistics.
+    With sd the square root of variance plus eps, of the batch and of the running statistics
+    before it, and z the normalized value before weight and bias::
+
+        r = clip(sd / running_sd, 1 / rmax, rmax)
+        d = clip((mean - running_mean) / running_sd, -dmax, dmax)
+        z = (x - mean) / sd * r + d
+
+    In the first ``warmup`` forwards it is ``nn.BatchNorm``: rmax is 1, dmax 0. In the ``ramp``
+    forwards after those they go to ``max_ratio`` and ``max_shift``, evenly. Where nothing is
+    clipped the training output is the evaluation output.
+
+    It is for batches whose statistics are noisy or not those of the whole data, of some 4 to 32
+    samples; for smaller ones see :class:`MovingAverageBatchNorm`. Running statistics are
+    :class:`EMABatchNorm`'s, and so is the state dict: ``nn.BatchNorm``'s, both ways. Forwards are
+    counted by ``num_batches_tracked``; a checkpoint's count goes on.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variances before the square roots.
+        momentum: weight of the new batch in the limit, in [0, 1]; None weighs batch t by 1/t.
+        affine: learn a weight and a bias per channel.
+        track_running_stats: False keeps no running statistics, and there is nothing to follow:
+            it is ``nn.BatchNorm`` then.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        bias: with affine, learn a bias too.
+        sync: whose values make up a batch in training: None for this process alone, True for
+            all processes, or a process group. Without initialized processes there is only one.
+        warmup: forwards as ``nn.BatchNorm``, at least 0.
+        ramp: forwards in which the limits open, at least 0.
+        max_ratio: the limit of r in the end, at least 1.
+        max_shift: the limit of d in the end, at least 0.
+        debias: take the initial state out of the averages, as in :class:`EMABatchNorm`.
+        pooled: count the variance between batches, likewise.
+
+    Raises:
+        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], a
+            negative warmup or ramp, max_ratio below 1, max_shift below 0, or an input of the
+            wrong shape; in a backward, a forward to be run again that is more than 16 ago.
+        InvalidTypeError: an argument that is not a number.
+
+    Note:
+        Under activation checkpointing a forward that runs again gets the r and d of the first
+        time, found among the last 16 forwards by its batch's mean.
+
+    Example:
+        >>> import torch
+        >>> from bnstats import RenormBatchNorm1d
+        >>> layer = RenormBatchNorm1d(1, warmup=0, ramp=0, momentum=0.5)
+        >>> [layer(torch.tensor([[x], [x + 2]])).flatten().tolist() for x in (0.0, 1.0)]
+        [[0.0, 2.0], [0.0, 1.4142...]]
+
+    References:
+        Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in
+        Batch-Normalized Models", NeurIPS, arXiv:1702.03275, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        sync: ProcessGroup | bool | None = None,
+        warmup: int = 1000,
+        ramp: int = 4000,
+        max_ratio: float = 3.0,
+        max_shift: float = 5.0,
+        debias: bool = True,
+        pooled: bool = True,
+    ) -> None:
+        name = type(self).__name__
+        check_integer(name, "warmup", warmup, 0)
+        check_integer(name, "ramp", ramp, 0)
+        check_limit(name, "max_ratio", max_ratio, 1)
+        check_limit(name, "max_shift", max_shift, 0)
+        super().__init__(
+            *(num_features, eps, momentum, affine, track_running_stats, device, dtype),
+            bias=bias,
+            sync=sync,
+            debias=debias,
+            pooled=pooled,
+        )
+        self.warmup = int(warmup)
+        self.ramp = int(ramp)
+        self.max_ratio = float(max_ratio)
+        self.max_shift = float(max_shift)
+        self._corrections = Recall(before=(1.0, 0.0))
+
+    def _forward_training(
+        self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
+    ) -> Tensor:
+        no_values = batch is None and self._count_values(input) == 0
+        if no_values or (batch is None and on_host(input) and self._warms_up(input)):
+            return super()._forward_training(input, running_mean)
+        moves = self.momentum != 0 and not self._held
+        return self._forward_batch(input, Batch() if batch is None else batch, tracks=moves)
+
+    def _warms_up(self, input: Tensor) -> bool:
+        """Whether this forward, or the one that it repeats, is one of nn.BatchNorm's."""
+        counter = self._buffers["num_batches_tracked"]
+        if counter is None:
+            return False
+        if int(counter) < self.warmup or not in_backward_pass():
+            return int(counter) < self.warmup
+        return self._corrections.begins_after(mean_and_m2(input.detach())[0])
+
+    def _scale_and_shift(
+        self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        with torch.no_grad(), unseen():
+            r, d = self._corrections.same(mean, self._correction(mean, var))
+        if weight is None:
+            return r, d
+        return weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+
+    def _correction(self, mean: Tensor, var: Tensor) -> Tensor:
+        """Return r and d, of shape (2, C)."""
+        counter = self._buffers["num_batches_tracked"]
+        count: Number = math.inf
+        if counter is not None:
+            count = int(counter) if on_host(counter) else counter
+        max_ratio, max_shift = self._limits(count)
+        running_mean, running_var = (x.to(mean.dtype) for x in super()._state())
+        inverse = (running_var + self.eps).rsqrt_()
+        r = (var + self.eps).sqrt_() * inverse
+        d = (mean - running_mean) * inverse
+        r = torch.clamp(r, 1 / max_ratio, max_ratio)  # type: ignore[arg-type]
+        return torch.stack((r, torch.clamp(d, -max_shift, max_shift)))  # type: ignore[arg-type]
+
+    def _limits(self, num_batches: Number) -> tuple[Number, Number]:
+        """Return rmax and dmax of the forward after so many."""
+        part = (num_batches + 1 - self.warmup) / max(self.ramp, 1e-30)
+        part = part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0), 1)
+        return 1 + part * (self.max_ratio - 1), part * self.max_shift
+
+    def extra_repr(self) -> str:
+        """Return the options, those that ``nn.BatchNorm`` lacks last."""
+        return (
+            f"{super().extra_repr()}, warmup={self.warmup}, ramp={self.ramp}, "
+            f"max_ratio={self.max_ratio}, max_shift={self.max_shift}"
+        )
+
+
+class RenormBatchNorm1d(RenormBatchNorm, nn.BatchNorm1d):
+    """:class:`RenormBatchNorm` over (N, C) or (N, C, L); also an ``nn.BatchNorm1d``."""
+
+    _input_dims = (2, 3)
+
+
+class RenormBatchNorm2d(RenormBatchNorm, nn.BatchNorm2d):
+    """:class:`RenormBatchNorm` over (N, C, H, W); also an ``nn.BatchNorm2d``."""
+
+    _input_dims = (4,)
+
+
+class RenormBatchNorm3d(RenormBatchNorm, nn.BatchNorm3d):
+    """:class:`RenormBatchNorm` over (N, C, D, H, W); also an ``nn.BatchNorm3d``."""
+
+    _input_dims = (5,)
