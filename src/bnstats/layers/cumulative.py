@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to a tensor becomes part of a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class CumulativeBatchNorm(RunningStatsBatchNorm):
     r"""BatchNorm over (N, C, ...) of 2 to 5 dimensions, with cumulative statistics.
 
@@ -141,7 +146,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     def _state(self) -> tuple[Tensor, Tensor]:
         exact_mean, exact_var = self._buffers["exact_mean"], self._buffers["exact_var"]
         assert exact_mean is not None and exact_var is not None
-        if is_traced() or not self._versions.know(self._shown()):
+        again = is_traced() or is_captured(exact_mean)  # what is decided here is replayed
+        if again or not self._versions.know(self._shown()):
             self._reconcile()
         return exact_mean, exact_var
 
