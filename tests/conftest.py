@@ -3,6 +3,7 @@
 import functools
 import importlib
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -105,3 +106,30 @@ def substitute(substitute_module):
 def device(request):
     """Every device beside the CPU; one that is not there is skipped."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def no_waits(device, request):
+    """A context in which the host may neither wait for the device nor copy to or from it."""
+    if device.type == "cuda":
+        return _no_synchronization
+    module = request.getfixturevalue("substitute_module")
+
+    @contextmanager
+    def context():
+        with module.counting() as counts:
+            yield
+        assert not counts.waits
+        assert not counts.copies
+        assert counts.launches
+
+    return context
+
+
+@contextmanager
+def _no_synchronization():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,7 +6,6 @@ substitute device, and on CUDA where there is one.
 
 import copy
 import io
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -49,33 +48,6 @@ each_option = pytest.mark.parametrize(
         for options in OPTIONS[family.name]
     ],
 )
-
-
-@pytest.fixture
-def no_waits(device, request):
-    """A context in which the host may neither wait for the device nor copy to or from it."""
-    if device.type == "cuda":
-        return _no_synchronization
-    module = request.getfixturevalue("substitute_module")
-
-    @contextmanager
-    def context():
-        with module.counting() as counts:
-            yield
-        assert not counts.waits
-        assert not counts.copies
-        assert counts.launches
-
-    return context
-
-
-@contextmanager
-def _no_synchronization():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def make(family, dims=2, dtype=torch.float32, **options):
