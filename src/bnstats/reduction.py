@@ -87,7 +87,7 @@ def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
         mask: boolean, broadcastable to x, the channel axis being 1.
     """
     count = count_positions(mask, x)
-    x, wide = x.to(_accumulator(x)), wide_dtype(x.device)
+    x, wide = x.to(accumulator(x)), wide_dtype(x.device)
     total = _sum(torch.where(mask, x, 0))
     about = (total / count.clamp(min=1)).to(x.dtype)
     deviations = torch.where(mask, x - about.view(-1, *[1] * (x.dim() - 2)), 0)
@@ -102,14 +102,14 @@ def count_positions(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    rows = _short_rows(x) if x.is_cpu else None
+    rows = short_rows(x) if x.is_cpu else None
     if rows is None:
         return x.sum(_others(x), dtype=wide_dtype(x.device))
     return _per_channel(rows.sum(-1))
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    rows = _short_rows(x) if x.is_cpu else None
+    rows = short_rows(x) if x.is_cpu else None
     if rows is None:
         return x.to(wide_dtype(x.device)).square().sum(_others(x))
     return _sums_of_squares(rows)
@@ -123,19 +123,19 @@ def mean_square(x: Tensor) -> Tensor:
     """
     count = x.numel() // x.shape[1]
     if x.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(x, dim=_others(x), dtype=_accumulator(x))
+        norm: Tensor = torch.linalg.vector_norm(x, dim=_others(x), dtype=accumulator(x))
         return norm.square().div_(count)
-    rows = _short_rows(x)
+    rows = short_rows(x)
     squares = x.double().square().sum(_others(x)) if rows is None else _sums_of_squares(rows)
     return squares.div_(count)
 
 
 def mean_square_on_host(x: Tensor) -> NDArray[np.float64]:
     """Return the same as an array, for x on CPU: numpy's small operations cost less."""
-    rows = _short_rows(x)
+    rows = short_rows(x)
     if rows is None or rows.stride(-1) != 1:
         return mean_square(x).numpy()
-    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(x)).numpy()
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulator(x)).numpy()
     axes = 0 if norms.ndim == 2 else (0, 2)
     squares: NDArray[np.float64] = np.square(norms).sum(axes, dtype=np.float64)
     return squares / (x.numel() // x.shape[1])
@@ -168,7 +168,7 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
         What :func:`mean_and_m2` does, or None where another way is faster: x, floating-point on
         CPU, has no fitting rows, or the sums cancel in too many channels.
     """
-    rows = _short_rows(x)
+    rows = short_rows(x)
     if rows is None:
         return None
     shift = _shift(x, rows)
@@ -180,11 +180,11 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     mean = total / count
     m2 = torch.addcmul(squares, total, mean, value=-1)
 
-    cancels = _cancels(squares, m2)
+    cancelling = cancels(squares, m2)
     if shift is not None:
         mean = mean + shift
-    if cancels.any().item():
-        channels = cancels.nonzero().squeeze(1)
+    if cancelling.any().item():
+        channels = cancelling.nonzero().squeeze(1)
         if len(channels) > x.shape[1] // 4:
             return None
         exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
@@ -193,7 +193,7 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return mean, m2
 
 
-def _cancels(squares: Tensor, m2: Tensor) -> Tensor:
+def cancels(squares: Tensor, m2: Tensor) -> Tensor:
     """Say of each channel whether its sums cancel too much."""
     # Not the other way round: what is not finite may be so here only.
     excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
@@ -202,7 +202,7 @@ def _cancels(squares: Tensor, m2: Tensor) -> Tensor:
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum and the sum of squares per channel."""
-    return _per_channel(rows.sum(-1, dtype=_accumulator(rows))), _sums_of_squares(rows)
+    return _per_channel(rows.sum(-1, dtype=accumulator(rows))), _sums_of_squares(rows)
 
 
 def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
@@ -211,8 +211,8 @@ def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
         return None
     total, squares = _sums(rows[:1])
     mean = total / (x.numel() // (len(x) * x.shape[1]))
-    cancels = _cancels(squares, torch.addcmul(squares, total, mean, value=-1))
-    return mean.to(x.dtype) if cancels.sum().item() > x.shape[1] // 4 else None
+    cancelling = cancels(squares, torch.addcmul(squares, total, mean, value=-1))
+    return mean.to(x.dtype) if cancelling.sum().item() > x.shape[1] // 4 else None
 
 
 def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,24 +226,30 @@ def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     totals = []
     for samples in x.split(step):
         part = torch.sub(samples, shift, out=difference[: len(samples)])
-        rows = _short_rows(part)
+        rows = short_rows(part)
         assert rows is not None  # for x has them, with the same axes
         totals.append(torch.stack(_sums(rows)))
     total, squares = torch.stack(totals).sum(0)
     return total, squares
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
+    """Return in what to add up x's values: float32, or float64 if x is."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, ..., length), per channel; return float64."""
+    return _per_channel(squares_of_rows(rows))
+
+
+def squares_of_rows(rows: Tensor) -> Tensor:
+    """Add up the squares of each row."""
     if rows.stride(-1) == 1:
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=_accumulator(rows))
-        return _per_channel(norms.square())
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=accumulator(rows))
+        return norms.square()
     # channels_last: a norm over a strided axis is slow
-    return _per_channel(rows.to(_accumulator(rows)).square().sum(-1))
+    return rows.to(accumulator(rows)).square().sum(-1)
 
 
 def _per_channel(of_rows: Tensor) -> Tensor:
@@ -252,7 +258,7 @@ def _per_channel(of_rows: Tensor) -> Tensor:
     return of_rows.sum(axes, dtype=torch.float64)
 
 
-def _short_rows(x: Tensor) -> Tensor | None:
+def short_rows(x: Tensor) -> Tensor | None:
     """View x of shape (N, C, ...) as rows of at most the longest length.
 
     Returns:

@@ -18,6 +18,7 @@ from bnstats.recompute.layer_stats import with_eps
 from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
 from bnstats.recompute.population import PopulationStats
 from bnstats.recompute.results import population_stats
+from bnstats.recompute.spread import STATE_ROWS
 from bnstats.recompute.task import Task
 
 FIRST_CHECK = 8
@@ -73,7 +74,8 @@ class Collector:
         # The sum is the cheaper question; that of finite numbers can be infinite.
         if math.isfinite(flat.sum()) or flat.isfinite().all():
             counts = [x.num_values for x in moments]
-            self._estimator.add(Moments(self._expand(counts), *flat.view(2, -1)))
+            batch = Moments(self._expand(counts), *flat.view(2, -1))
+            self._estimator.add(batch, self._samples(moments))
         elif self._task.options.on_nonfinite == "skip":
             self.num_skipped += 1
         else:
@@ -84,6 +86,14 @@ class Collector:
     def estimate(self) -> Estimate:
         """Return what this process alone has collected, as a sample from something larger."""
         return self._estimator.estimate()
+
+    def _samples(self, moments: Sequence[LayerMoments]) -> Tensor | None:
+        """Return the spread between a batch's samples, the layers end to end; None if not taken."""
+        if self.layers[0].reference is None:
+            return None
+        unseen = self._zeros.expand(STATE_ROWS, -1).split(self._channels, dim=1)
+        states = zip((x.samples for x in moments), unseen, strict=True)
+        return torch.cat([none if state is None else state for state, none in states], dim=1)
 
     def empty_state(self) -> Tensor:
         """Return a tensor like every state, which takes no memory."""
@@ -110,7 +120,7 @@ class Collector:
 
     def _new_estimator(self, device: torch.device) -> Estimator:
         corrections = self._expand(self._corrections).to(device)
-        return self._task.method.estimator(corrections, self._zeros.to(device))
+        return self._task.new_estimator(corrections, self._zeros.to(device))
 
     def _expand(self, numbers: list[int]) -> Tensor:
         """Return one number per layer as one per channel; the last answer is kept."""

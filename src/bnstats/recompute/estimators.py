@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
 from bnstats.moments import Moments, Number, Weights, fold
-from bnstats.recompute.spread import Spread
+from bnstats.recompute.spread import STATE_ROWS, Spread
 
 EMA_MOMENTUM = 0.1
 """Momentum of ``method="ema"``: torch's default for its layers."""
 
 
 class Estimate(NamedTuple):
-    """Population statistics per channel, each of shape (C,); the spread (C, 3, 3).
+    """Population statistics per channel, each of shape (C,); the spreads (C, 3, 3).
 
     What they say is in :class:`bnstats.LayerStats`.
     """
@@ -34,6 +34,10 @@ class Estimate(NamedTuple):
     var_stderr: Tensor
     mean_var_cov: Tensor
     spread: Tensor
+    num_samples: Tensor
+    sample_spread: Tensor
+    mean_weight: Tensor
+    var_weight: Tensor
 
 
 class Estimator(Protocol):
@@ -42,8 +46,8 @@ class Estimator(Protocol):
     A channel whose count is 0 in a batch does not see that batch.
     """
 
-    def add(self, batch: Moments) -> None:
-        """Take the moments of one more batch."""
+    def add(self, batch: Moments, samples: Tensor | None = None) -> None:
+        """Take the moments of one more batch, and the spread between its samples."""
 
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return what is known so far; a standard error needs two batches, else it is NaN.
@@ -69,15 +73,19 @@ class Pooled:
     Args:
         correction: of shape (C,), subtracted from the count in the variance's divisor.
         like: any float tensor of shape (C,), for its shape, dtype and device.
+        samples: each batch comes with the spread between its samples.
     """
 
-    def __init__(self, correction: Tensor, like: Tensor) -> None:
+    def __init__(self, correction: Tensor, like: Tensor, *, samples: bool = False) -> None:
         self._correction = correction
         self._total = Moments(*like.new_zeros(3, *like.shape))
         self._spread = Spread(like, about_reference=True)
+        self._samples = Spread(like, about_reference=True) if samples else None
 
-    def add(self, batch: Moments) -> None:
+    def add(self, batch: Moments, samples: Tensor | None = None) -> None:
         """Merge the batch in, by its number of values."""
+        if self._samples is not None and samples is not None:
+            self._samples.merge_state(samples)
         self._total = self._total + batch
         offset = self._spread.offset(batch)
         # The batch's mean square about the reference; about the pooled mean it is a linear form.
@@ -85,9 +93,10 @@ class Pooled:
         self._spread.add(offset, mean_square, batch.count.square())
 
     def state(self) -> Tensor:
-        """Return the pooled moments and the spread, (11, C)."""
+        """Return the pooled moments, the spread and that between samples if taken, (rows, C)."""
         total = [self._total.count, self._total.mean, self._total.m2]
-        return torch.cat([torch.stack(total), self._spread.state()])
+        samples = [] if self._samples is None else [self._samples.state()]
+        return torch.cat([torch.stack(total), self._spread.state(), *samples])
 
     def mean_and_var(self) -> tuple[Tensor, Tensor]:
         """Return the pooled statistics without their errors, which cost more."""
@@ -96,7 +105,9 @@ class Pooled:
     def merge_state(self, state: Tensor) -> None:
         """Merge another one's moments in, by their number of values."""
         self._total = self._total + Moments(*state[:3])
-        self._spread.merge_state(state[3:])
+        self._spread.merge_state(state[3 : 3 + STATE_ROWS])
+        if self._samples is not None:
+            self._samples.merge_state(state[3 + STATE_ROWS :])
 
     def estimate(self, fraction: float = 0) -> Estimate:
         """Return the pooled statistics."""
@@ -105,15 +116,24 @@ class Pooled:
         spread = self._spread.about(mean, biased)
         scale = (1 - fraction) * self._spread.bessel() / count.square()
         corrected = count / (count - self._correction)
+        of_samples = torch.full_like(spread, torch.nan)
+        if self._samples is not None:
+            of_samples = self._samples.about(mean, biased)
         return Estimate(
             num_values=count,
-            num_batches=self._spread.num_batches,
+            num_batches=self._spread.num_units,
             mean=mean,
             var=var,
             mean_stderr=(scale * spread[1, 1]).clamp(min=0).sqrt(),
             var_stderr=(scale * spread[2, 2]).clamp(min=0).sqrt() * corrected,
             mean_var_cov=scale * spread[1, 2] * corrected,
             spread=spread.permute(2, 0, 1),
+            num_samples=torch.zeros_like(mean)
+            if self._samples is None
+            else self._samples.num_units,
+            sample_spread=of_samples.permute(2, 0, 1),
+            mean_weight=torch.ones_like(mean),
+            var_weight=torch.ones_like(mean),
         )
 
 
@@ -140,12 +160,12 @@ class Averaged:
         self._of_means = Spread(like, about_reference=False)
         self._of_vars = Spread(like, about_reference=False)  # of the batches that have one
 
-    def add(self, batch: Moments) -> None:
-        """Average the batch in."""
+    def add(self, batch: Moments, samples: Tensor | None = None) -> None:  # noqa: ARG002
+        """Average the batch in; its samples do not count, as their spread is about other means."""
         with_mean, with_var = batch.count > 0, batch.count > self._correction
         var = torch.where(with_var, batch.var(self._correction), 0)
-        for_mean = self._policy(self._of_means.num_batches).size
-        for_var = self._policy(self._of_vars.num_batches).size
+        for_mean = self._policy(self._of_means.num_units).size
+        for_var = self._policy(self._of_vars.num_units).size
         self._fold(batch.mean, var, for_mean, for_var, with_mean, with_var)
         self._count = self._count + batch.count
         offset = self._of_means.offset(batch)
@@ -168,7 +188,7 @@ class Averaged:
         of_means, of_vars = state[5:].chunk(2)
         with_mean, with_var = of_means[0] > 0, of_vars[0] > 0
         for_mean, for_var = (
-            (mine.num_batches + theirs[0]) / theirs[0]
+            (mine.num_units + theirs[0]) / theirs[0]
             for mine, theirs in ((self._of_means, of_means), (self._of_vars, of_vars))
         )
         self._fold(mean, var, for_mean, for_var, with_mean, with_var, mean_squares, var_squares)
@@ -208,20 +228,24 @@ class Averaged:
         of_var = self._scale(self._of_vars, self._var_squares, fraction)
         return Estimate(
             num_values=self._count,
-            num_batches=self._of_means.num_batches,
+            num_batches=self._of_means.num_units,
             mean=self._mean,
-            var=torch.where(self._of_vars.num_batches > 0, self._var, torch.nan),
+            var=torch.where(self._of_vars.num_units > 0, self._var, torch.nan),
             mean_stderr=(of_mean * spread[1, 1]).clamp(min=0).sqrt(),
             var_stderr=(of_var * spread[2, 2]).clamp(min=0).sqrt(),
             mean_var_cov=of_mean * spread[1, 2],
             spread=spread.permute(2, 0, 1),
+            num_samples=torch.zeros_like(mean),
+            sample_spread=torch.full_like(spread, torch.nan).permute(2, 0, 1),
+            mean_weight=torch.ones_like(mean),
+            var_weight=torch.ones_like(mean),
         )
 
     @staticmethod
     def _scale(spread: Spread, squares: Tensor, fraction: float) -> Tensor:
         """Return what makes a sum of squares the squared error of the average."""
-        squares = (squares - fraction / spread.num_batches).clamp(min=0)
-        return spread.bessel() / spread.num_batches * squares
+        squares = (squares - fraction / spread.num_units).clamp(min=0)
+        return spread.bessel() / spread.num_units * squares
 
 
 def averaged(correction: Tensor, like: Tensor) -> Averaged:

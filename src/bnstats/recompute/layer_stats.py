@@ -16,8 +16,8 @@ from bnstats.formatting import describe
 from bnstats.moments import Moments
 from bnstats.recompute.spread import change
 
-_TENSORS = ("mean", "var", "mean_stderr", "var_stderr", "mean_var_cov", "spread")
-_UNSHOWN = ("mean_var_cov", "spread")
+_UNSHOWN = ("mean_var_cov", "spread", "sample_spread")
+_TENSORS = ("mean", "var", "mean_stderr", "var_stderr", *_UNSHOWN)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +41,11 @@ class LayerStats:
             the biased variance, the sums over the units of ``n^2 (1, a, b) (1, a, b)^T``; for an
             average of batches those without n, b the difference of the variances. NaN where not
             known.
+        num_samples: how many samples the spread between them is of; 0 where it was not taken.
+        sample_spread: what ``spread`` is, with samples for units: entries of the first axis of the
+            layer's input. Values of one sample, its positions, are correlated; samples are not.
+        mean_weight: weight of the loader's mean against the prior's; 1 without a prior.
+        var_weight: the same of the variance's logarithm.
 
     Example:
         >>> import torch, bnstats
@@ -61,11 +66,15 @@ class LayerStats:
     # None becomes NaN.
     mean_var_cov: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
     spread: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    num_samples: int = field(default=0, kw_only=True)
+    sample_spread: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
+    mean_weight: float = field(default=1.0, kw_only=True)
+    var_weight: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         channels = self.num_features
-        shapes = {"spread": (channels, 3, 3)}
-        for name in ("mean_var_cov", "spread"):
+        shapes = dict.fromkeys(("spread", "sample_spread"), (channels, 3, 3))
+        for name in ("mean_var_cov", "spread", "sample_spread"):
             if getattr(self, name) is None:
                 unknown = self.mean.new_full(shapes.get(name, (channels,)), torch.nan)
                 object.__setattr__(self, name, unknown)
@@ -88,13 +97,16 @@ class LayerStats:
         Raises:
             InvalidValueError: a value is not possible; the message names it.
         """
-        for name, least in (("count", 1), ("num_batches", 1), ("correction", 0), ("eps", 0)):
+        least_of = {"count": 1, "num_batches": 1, "correction": 0, "eps": 0, "num_samples": 0}
+        for name, least in {**least_of, "mean_weight": 0, "var_weight": 0}.items():
             value = getattr(self, name)
-            kinds = (int, float) if name == "eps" else (int,)
+            kinds = (int, float) if name in ("eps", "mean_weight", "var_weight") else (int,)
             if not isinstance(value, kinds) or not least <= value < math.inf:
                 raise InvalidValueError(f"{name}: expected a number from {least}, got {value!r}")
         if self.correction > 1:
             raise InvalidValueError(f"correction: expected 0 or 1, got {self.correction}")
+        if (most := max(self.mean_weight, self.var_weight)) > 1:
+            raise InvalidValueError(f"mean_weight, var_weight: expected 1 at most, got {most}")
         for name in _TENSORS:
             value = getattr(self, name)
             if value.dtype not in (torch.float64, torch.float32):
@@ -132,9 +144,12 @@ class LayerStats:
         A unit is a batch. The errors of statistics of k other units alike are a k-th of this;
         NaN where fewer than two were seen.
         """
-        units = self.num_batches
-        bessel = units / (units - 1) if units > 1 else math.nan
-        return bessel * self.spread[:, 1:, 1:] / self.spread[:, :1, :1]
+        return of_one_unit(self.spread, self.num_batches)
+
+    @property
+    def sample_covariance(self) -> Tensor:
+        """The same of one sample, of shape (C, 2, 2); NaN where their spread was not taken."""
+        return of_one_unit(self.sample_spread, self.num_samples)
 
     def merge(self, other: LayerStats) -> LayerStats:
         """Return the pooled statistics of the values of both.
@@ -146,14 +161,19 @@ class LayerStats:
         """
         total = self.moments + other.moments
         count, biased = int(total.count), total.var(0)
-        spread = torch.zeros_like(self.spread).permute(1, 2, 0)
+        spread, sample_spread = torch.zeros(2, 3, 3, self.num_features, dtype=torch.float64)
         errors = _Errors(*torch.zeros_like(self.spread[:, 0]).unbind(1))
         for part in (self, other):
             # About the mean of all, a part's variance has a share of its mean's error.
             shift = part.mean - total.mean
             constant = part.moments.var(0) + shift.square() - biased
-            spread = spread + change(part.spread.permute(1, 2, 0), shift, 2 * shift, constant)
+            about = shift, 2 * shift, constant
+            spread = spread + change(part.spread.permute(1, 2, 0), *about)
+            sample_spread = sample_spread + change(part.sample_spread.permute(1, 2, 0), *about)
             errors = errors.plus(part._errors().referred(shift), (part.count / count) ** 2)
+        # Those of one part alone say nothing of all.
+        taken = self.num_samples and other.num_samples
+        num_samples = self.num_samples + other.num_samples if taken else 0
         merged = replace(
             self,
             count=count,
@@ -161,6 +181,8 @@ class LayerStats:
             mean=total.mean,
             var=total.var(self.correction),
             spread=spread.permute(2, 0, 1),
+            num_samples=num_samples,
+            sample_spread=sample_spread.permute(2, 0, 1),
         )
         of_mean, cov, of_var = (
             torch.where(of_strata.isnan(), of_one, of_strata)
@@ -179,6 +201,12 @@ class LayerStats:
         covariance = self.unit_covariance * self.spread[:, :1, :1] / self.count**2
         of_mean, cov, of_var = covariance[:, 0, 0], covariance[:, 0, 1], covariance[:, 1, 1]
         return _Errors(of_mean, cov * corrected, of_var * corrected**2)
+
+
+def of_one_unit(spread: Tensor, units: int) -> Tensor:
+    """Return the covariance of the mean and the variance of one unit, from a spread of several."""
+    bessel = units / (units - 1) if units > 1 else math.nan
+    return bessel * spread[:, 1:, 1:] / spread[:, :1, :1]
 
 
 class _Errors(NamedTuple):

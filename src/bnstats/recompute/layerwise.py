@@ -100,6 +100,7 @@ class _LayerwisePass:
         self._max_running = torch.get_num_threads() if on_cpu else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
         self._completed: dict[ObservedLayer, Pooled] = {}
+        self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
         self._passed: set[tuple[ObservedLayer, int]] = set()
         self._waits_since: dict[ObservedLayer, int] = {}
         self._num_completed = 0
@@ -124,9 +125,15 @@ class _LayerwisePass:
                 self._threads.close()
         # What several processes have merged is on CPU.
         device = task.like.device if task.peers.alone else torch.device("cpu")
-        estimators = (self._completed.get(x) or self._new_estimator(x, device) for x in task.layers)
-        columns = zip(*(x.estimate(counts.fraction) for x in estimators), strict=True)
+        fraction = counts.fraction
+        columns = zip(*(self._estimate(x, fraction, device) for x in task.layers), strict=True)
         return counts, Estimate(*map(torch.cat, columns))
+
+    def _estimate(self, layer: ObservedLayer, fraction: float, device: torch.device) -> Estimate:
+        if layer in self._combined:
+            return self._combined[layer]
+        estimator = self._completed.get(layer) or self._new_estimator(layer, device)
+        return estimator.estimate(fraction)
 
     def _start(self, batches: Iterator[Any]) -> None:
         """Start a forward of every batch."""
@@ -222,9 +229,12 @@ class _LayerwisePass:
         threads = self._waiting_at(layer)
         estimator = self._new_estimator(layer)
         for thread in threads:
-            count, mean, m2 = thread.waiting_with.moments
-            mean, m2 = mean.to(self._task.like), m2.to(self._task.like)
-            estimator.add(Moments(torch.full_like(mean, float(count)), mean, m2))
+            moments = thread.waiting_with.moments
+            mean, m2 = moments.mean.to(self._task.like), moments.m2.to(self._task.like)
+            count = torch.full_like(mean, float(moments.num_values))
+            samples = moments.samples
+            samples = None if samples is None else samples.to(self._task.like)
+            estimator.add(Moments(count, mean, m2), samples)
         state = estimator.state()
         if not state.isfinite().all():
             self._refuse_nonfinite(layer, threads)
@@ -239,7 +249,12 @@ class _LayerwisePass:
         count = int(states[:, 0, 0].sum())
         if count:
             check_enough_values(layer, count, self._task.correction_of(layer))
-            layer.normalize_with(*estimator.mean_and_var())
+            if self._task.prior is None:
+                layer.normalize_with(*estimator.mean_and_var())
+            else:
+                combined = self._task.prior.combine(layer, estimator.estimate())
+                self._combined[layer] = combined
+                layer.normalize_with(combined.mean, combined.var)
             self._completed[layer] = estimator
         self._threads.release(self._count_out(self._waiting_at(layer)))
         self._waits_since.pop(layer, None)
@@ -266,4 +281,5 @@ class _LayerwisePass:
 
     def _new_estimator(self, layer: ObservedLayer, device: torch.device | None = None) -> Pooled:
         like = self._task.like.new_zeros(layer.num_features, device=device)
-        return Pooled(torch.full_like(like, self._task.correction_of(layer)), like)
+        correction = torch.full_like(like, self._task.correction_of(layer))
+        return Pooled(correction, like, samples=layer.reference is not None)

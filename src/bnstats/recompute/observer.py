@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -21,17 +21,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.masks import Mask, given_mask
-from bnstats.moments import Moments
-from bnstats.reduction import masked_mean_and_m2, mean_and_m2
+from bnstats.moments import Moments, Number
+from bnstats.recompute.samples import masked_moments_of_samples, moments_of_samples
+from bnstats.recompute.spread import merged_states, state_of_samples
+from bnstats.reduction import masked_mean_and_m2, mean_and_m2, wide_dtype
 from bnstats.traversal import num_features
 
 
 class LayerMoments(NamedTuple):
-    """The moments of a layer's input: a number of values, and tensors of shape (C,)."""
+    """The moments of a layer's input: a number of values, and tensors of shape (C,).
+
+    ``samples`` is the state of the spread between its samples, of shape (8, C), where it is taken.
+    """
 
     num_values: int
     mean: Tensor
     m2: Tensor
+    samples: Tensor | None = None
 
     def merge(self, other: LayerMoments) -> LayerMoments:
         """Return the moments of the values of both."""
@@ -39,11 +45,15 @@ class LayerMoments(NamedTuple):
             Moments(torch.tensor(x.num_values, device="cpu"), x.mean, x.m2) for x in (self, other)
         )
         merged = mine + theirs
-        return LayerMoments(self.num_values + other.num_values, merged.mean, merged.m2)
+        samples = None
+        if self.samples is not None and other.samples is not None:
+            samples = merged_states(self.samples, other.samples)
+        return LayerMoments(self.num_values + other.num_values, merged.mean, merged.m2, samples)
 
     def to(self, device: torch.device) -> LayerMoments:
         """Return the same on a device."""
-        return LayerMoments(self.num_values, self.mean.to(device), self.m2.to(device))
+        samples = None if self.samples is None else self.samples.to(device)
+        return LayerMoments(self.num_values, self.mean.to(device), self.m2.to(device), samples)
 
     def is_finite(self) -> bool:
         """Ask, on the host, whether all of it is finite."""
@@ -59,18 +69,26 @@ class ObservedLayer:
         module: the layer.
         about_zero: it keeps its statistics about zero, and says so by a method
             ``statistics_about_zero()``, which any layer may have.
+        reference: what the spread between samples is taken about, of shape (C,): one for all
+            batches, as then their sums add up; None where it is not taken.
     """
 
     name: str
     module: _BatchNorm
     about_zero: bool
+    reference: Tensor | None = None
 
     @classmethod
-    def of(cls, name: str, module: _BatchNorm) -> ObservedLayer:
+    def of(cls, name: str, module: _BatchNorm, *, samples: bool = False) -> ObservedLayer:
         """Ask the module for what it says of itself."""
         statistics_about_zero = getattr(module, "statistics_about_zero", None)
         about_zero = statistics_about_zero is not None and bool(statistics_about_zero())
-        return cls(name, module, about_zero)
+        layer = cls(name, module, about_zero)
+        if not samples:
+            return layer
+        mean = layer.running_mean.detach().to(wide_dtype(layer.running_mean.device))
+        reference = torch.zeros_like(mean) if about_zero else mean.nan_to_num(0, 0, 0)
+        return replace(layer, reference=reference)
 
     @property
     def running_mean(self) -> Tensor:
@@ -95,16 +113,38 @@ class ObservedLayer:
         Under a mask, they are those of the valid positions.
         """
         mask = _MASK.get()
-        if mask is None:
+        valid = None
+        if mask is not None:
+            valid = mask._replace(where=f"mask: layer '{self.name}'").fit(input)
+        if self.reference is not None:
+            return self._moments_with_samples(input.detach(), valid, self.reference)
+        if valid is None:
             mean, m2 = mean_and_m2(input.detach())
             count = input.numel() // mean.numel()
         else:
-            valid = mask._replace(where=f"mask: layer '{self.name}'").fit(input)
             valid_values, mean, m2 = masked_mean_and_m2(input.detach(), valid)
             count = int(valid_values)
         if self.about_zero:
             return LayerMoments(count, torch.zeros_like(mean), m2.addcmul_(mean, mean, value=count))
         return LayerMoments(count, mean, m2)
+
+    def _moments_with_samples(
+        self, input: Tensor, valid: Tensor | None, reference: Tensor
+    ) -> LayerMoments:
+        """Return the moments of an input from those of its samples."""
+        counts: Number = input[:1, 0].numel()
+        if valid is None:
+            means, m2s = moments_of_samples(input)
+        else:
+            counts, means, m2s = masked_moments_of_samples(input, valid)
+        if self.about_zero:
+            m2s = m2s + counts * means.square()
+            means = torch.zeros_like(means)
+        count = int(counts.sum() if isinstance(counts, Tensor) else counts * len(means))
+        mean = (counts * means).sum(0) / max(count, 1)
+        m2 = (m2s + counts * (means - mean).square()).sum(0)
+        samples = state_of_samples(means, m2s, counts, reference.to(means.device))
+        return LayerMoments(count, mean, m2, samples)
 
     def normalize_with_batch(self, moments: LayerMoments) -> None:
         """Let the layer normalize with the biased variance of these values, as in training."""

@@ -15,6 +15,7 @@ from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, check_downsample
 from bnstats.recompute.batches import Forward
+from bnstats.recompute.population import PopulationStats
 from bnstats.traversal import Include
 
 
@@ -35,6 +36,8 @@ class Options:
     memory_limit: int | None = None
     mask: Callable[[Any], Tensor] | None = None
     downsample: Downsample = None
+    prior: PopulationStats | None = None
+    samples: bool = False
 
 
 def check_options(options: Options) -> None:

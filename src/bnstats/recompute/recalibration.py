@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.recompute.drift import DriftReport, html, shortened, table
-from bnstats.recompute.layer_stats import RunningStats
+from bnstats.recompute.layer_stats import LayerStats, RunningStats
 from bnstats.recompute.population import PopulationStats
 
 
@@ -57,6 +57,8 @@ class Recalibration:
             head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
         if self.after.stderr_is_conditional:
             head += "\nstandard errors are given the statistics of earlier layers"
+        if weights := _weights(self.after):
+            head += f"\n{weights}"
         return head
 
     def __str__(self) -> str:
@@ -69,3 +71,16 @@ class Recalibration:
 
     def _repr_html_(self) -> str:
         return html(self._heading, self.after, self.drift)
+
+
+def _weights(stats: Mapping[str, LayerStats]) -> str:
+    """Return what weights the loader's own statistics have; nothing where there is no prior."""
+    means = [layer.mean_weight for layer in stats.values()]
+    variances = [layer.var_weight for layer in stats.values()]
+    if all(weight == 1 for weight in means + variances):
+        return ""
+    return (
+        f"weights of the loader's own statistics, the rest is the prior's: means "
+        f"{min(means):.2f} to {max(means):.2f}, variances {min(variances):.2f} to "
+        f"{max(variances):.2f}"
+    )

@@ -41,6 +41,8 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
             "no batch reached these layers, whose statistics are left alone: "
             + ", ".join(map(repr, unseen))
         )
+    if task.prior is not None:
+        task.prior.warn_of_one_kind()
     return PopulationStats(
         stats,
         method=task.method.name,
@@ -83,6 +85,10 @@ def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> La
         eps=layer.module.eps,
         mean_var_cov=estimate.mean_var_cov,
         spread=estimate.spread,
+        num_samples=int(estimate.num_samples[0]),
+        sample_spread=estimate.sample_spread,
+        mean_weight=float(estimate.mean_weight[0]),
+        var_weight=float(estimate.var_weight[0]),
     )
 
 

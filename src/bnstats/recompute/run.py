@@ -32,11 +32,11 @@ OnNonfinite: TypeAlias = Literal["raise", "skip"]
 METHODS = {
     method.name: method
     for method in (
-        Method("pooled", one_pass, Pooled),
+        Method("pooled", one_pass, Pooled, samples=True),
         Method("batch_average", one_pass, averaged),
         Method("ema", one_pass, moving_average, merges=False),
-        Method("layerwise", layerwise, Pooled, holds_inputs=True),
-        Method("sweeps", sweeps, Pooled, rereads=True),
+        Method("layerwise", layerwise, Pooled, holds_inputs=True, samples=True, in_order=True),
+        Method("sweeps", sweeps, Pooled, rereads=True, samples=True, in_order=True),
     )
 }
 """The one table of methods."""
@@ -49,7 +49,7 @@ def recompute_population_stats(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    method: MethodName = "pooled",
+    method: MethodName | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
@@ -62,6 +62,7 @@ def recompute_population_stats(
     memory_limit: int | None = None,
     mask: Callable[[Any], Tensor] | None = None,
     downsample: Downsample = None,
+    prior: PopulationStats | None = None,
 ) -> Recalibration:
     """Replace running statistics by the population statistics of the loader's data.
 
@@ -103,7 +104,7 @@ def recompute_population_stats(
             list, of which the first element goes in, by the same rules; a mapping of keyword
             arguments. Tensors and whatever else has a ``to`` move to the device, at any depth.
             A first element of several floating-point tensors, two views say, is refused.
-        method: see above.
+        method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
         max_batches: stop after so many.
@@ -140,6 +141,12 @@ def recompute_population_stats(
             channel axis, or broadcastable to it.
         downsample: for layers with fewer positions than the mask: ``"any"``, ``"all"`` or a
             function, see :func:`bnstats.masked`; None: such a layer is an error.
+        prior: statistics of the training data, from :func:`measure_population_stats`, for a loader
+            of few samples of other data. Each layer's statistics, behind layers that have theirs,
+            are a weighted mean of the prior's and the loader's (of variances, in logarithms). The
+            weight is measured, ``t^2 / (t^2 + e^2)``: e is the standard error of the loader's, by
+            the spread between samples, t how far the layer's channels have moved beyond it. One
+            value per channel leaves the prior as it is. Take samples of all kinds.
 
     Returns:
         What was before and is after, how far it moved, and ``undo()``. Printed, it is a table.
@@ -153,11 +160,13 @@ def recompute_population_stats(
         TooFewValuesError: fewer values than the variance needs.
         RepeatedLayerError: with ``"layerwise"``, a layer called twice in one forward.
         MemoryLimitError: more bytes wait than ``memory_limit``.
+        LayerMismatchError: the prior is of another model.
         PeerError: another process failed.
 
     Warns:
         BnstatsWarning: no BatchNorm layers, or some that no batch reached; those keep theirs.
-            Sweeps of layers that depend on each other came to no rest.
+            Sweeps of layers that depend on each other came to no rest. The loader's samples are
+            much more alike than the prior's.
 
     Example:
         >>> import torch, bnstats
@@ -170,10 +179,12 @@ def recompute_population_stats(
 
     References:
         Ioffe and Szegedy (2015), "Batch Normalization", arXiv:1502.03167, Algorithm 2; Wu and
-        Johnson (2021), "Rethinking Batch in BatchNorm", arXiv:2105.07576, section 3.
+        Johnson (2021), "Rethinking Batch in BatchNorm", arXiv:2105.07576, section 3. With a prior
+        of fixed weight: Schneider et al. (2020), arXiv:2006.16971; measured: Efron and Morris
+        (1973), "Stein's Estimation Rule and Its Competitors".
     """
     options = Options(
-        method=method,
+        method=_method(method, prior),
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -186,6 +197,7 @@ def recompute_population_stats(
         memory_limit=memory_limit,
         mask=mask,
         downsample=downsample,
+        prior=prior,
     )
     with Interrupts() as interrupts:
         after, peers = _measure(model, loader, options, interrupts)
@@ -211,7 +223,7 @@ def measure_population_stats(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    method: MethodName = "pooled",
+    method: MethodName | None = None,
     forward: Forward | None = None,
     device: torch.device | str | None = None,
     max_batches: int | None = None,
@@ -224,10 +236,13 @@ def measure_population_stats(
     memory_limit: int | None = None,
     mask: Callable[[Any], Tensor] | None = None,
     downsample: Downsample = None,
+    prior: PopulationStats | None = None,
 ) -> PopulationStats:
     """Measure the population statistics of the loader's data, and write nothing.
 
-    Arguments, warnings and errors are those of :func:`recompute_population_stats`.
+    Arguments, warnings and errors are those of :func:`recompute_population_stats`. The spread
+    between samples is taken along (but with averages over batches), at a few percent of the time:
+    these statistics serve as a ``prior``.
 
     Example:
         >>> import torch, bnstats
@@ -238,7 +253,7 @@ def measure_population_stats(
         True
     """
     options = Options(
-        method=method,
+        method=_method(method, prior),
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -251,9 +266,17 @@ def measure_population_stats(
         memory_limit=memory_limit,
         mask=mask,
         downsample=downsample,
+        prior=prior,
+        samples=True,
     )
     with Interrupts() as interrupts:
         return _measure(model, loader, options, interrupts)[0]
+
+
+def _method(method: str | None, prior: PopulationStats | None) -> str:
+    if method is None:
+        return "pooled" if prior is None else "layerwise"
+    return method
 
 
 def _measure(

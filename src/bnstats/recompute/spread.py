@@ -1,14 +1,20 @@
-"""The spread of batches about estimates that are known only at the end."""
+"""The spread of sampling units about estimates that are known only at the end.
+
+A unit is a batch, or a sample: one entry of the batch's first axis.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bnstats.moments import Moments
+from bnstats.moments import Moments, Number
 
 _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 """The entries of a symmetric matrix that are kept, in their order."""
+
+STATE_ROWS = 2 + len(_PRODUCTS)
+"""Rows of a spread's state."""
 
 
 def _symmetric(kept: Tensor) -> Tensor:
@@ -33,11 +39,44 @@ def change(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Ten
     return matrix
 
 
-class Spread:
-    """The spread between batches, about estimates that are known only at the end.
+def state_of_samples(mean: Tensor, m2: Tensor, count: Number, reference: Tensor) -> Tensor:
+    """Return the ``state()`` of a :class:`Spread` whose units are these samples, (rows, C).
 
-    It keeps the weighted second moments of each batch's features ``(1, u, q)``: u is the
-    batch's mean about the first batch's mean, q a mean square. The deviation of a batch from
+    Args:
+        mean: each sample's mean, of shape (N, C).
+        m2: each sample's sum of squared deviations, of shape (N, C).
+        count: number of every sample's values per channel, or of each, of shape (N, 1).
+        reference: what u and q are about, of shape (C,).
+    """
+    u = mean - reference
+    if isinstance(count, Tensor):
+        q = (m2 / count.clamp(min=1)).addcmul_(u, u)
+        weight: Number = count.square()
+        num_units, sum_of_weights = (count > 0).sum(), count.square().sum()
+    else:
+        q = (m2 / max(count, 1)).addcmul_(u, u)
+        weight = count**2
+        num_units = sum_of_weights = mean.new_tensor(len(mean) if count else 0)
+        sum_of_weights = sum_of_weights * weight
+    products = (u, q, u.square(), u * q, q.square())
+    ones = torch.ones_like(reference)
+    sums = [(weight * x).sum(0) for x in products]
+    return torch.stack([num_units * ones, reference, sum_of_weights * ones, *sums])
+
+
+def merged_states(state: Tensor, other: Tensor) -> Tensor:
+    """Return the state of the units of both, about one reference."""
+    spread = Spread(state[0], about_reference=True)
+    spread.merge_state(state)
+    spread.merge_state(other)
+    return spread.state()
+
+
+class Spread:
+    """The spread between units, about estimates that are known only at the end.
+
+    It keeps the weighted second moments of each unit's features ``(1, u, q)``: u is the
+    unit's mean about the first unit's mean, q a mean square. The deviation of a unit from
     the final estimate is a linear form in the features, so its sum of squares is a quadratic
     form in their second moments, and no second pass is needed.
 
@@ -49,7 +88,7 @@ class Spread:
     def __init__(self, like: Tensor, *, about_reference: bool) -> None:
         self._about_reference = about_reference
         self._referred = False  # whether every channel has its reference
-        self.num_batches = torch.zeros_like(like)
+        self.num_units = torch.zeros_like(like)
         self.reference = torch.zeros_like(like)
         self._sums = like.new_zeros(len(_PRODUCTS), *like.shape)
 
@@ -65,14 +104,14 @@ class Spread:
     def offset(self, batch: Moments) -> Tensor:
         """Return u, the batch's mean about the first one that the channel saw."""
         if not self._referred:
-            first = (self.num_batches == 0) & (batch.count > 0)
+            first = (self.num_units == 0) & (batch.count > 0)
             self.reference = torch.where(first, batch.mean, self.reference)
-            self._referred = bool(((self.num_batches > 0) | first).all())
+            self._referred = bool(((self.num_units > 0) | first).all())
         return batch.mean - self.reference
 
     def add(self, offset: Tensor, q: Tensor, weight: Tensor) -> None:
         """Add one batch's features; a weight of 0 leaves the channel out."""
-        self.num_batches = self.num_batches + (weight > 0)
+        self.num_units = self.num_units + (weight > 0)
         weighted_offset, weighted_q = weight * offset, weight * q
         of_one, of_u, of_q, of_uu, of_uq, of_qq = self._sums
         of_one += weight
@@ -83,8 +122,8 @@ class Spread:
         of_qq.addcmul_(weighted_q, q)
 
     def state(self) -> Tensor:
-        """Return the numbers of batches, the references and the second moments, (8, C)."""
-        return torch.cat([self.num_batches[None], self.reference[None], self._sums])
+        """Return the numbers of units, the references and the second moments, (rows, C)."""
+        return torch.cat([self.num_units[None], self.reference[None], self._sums])
 
     def merge_state(self, state: Tensor) -> None:
         """Merge in another spread's state, brought to the reference of this one.
@@ -92,17 +131,22 @@ class Spread:
         About a reference that is lower by d, the features are ``(1, u + d, q + 2 d u + d^2)``:
         linear in what they were, so the matrix changes by that map on both sides.
         """
-        num_batches, reference, matrix = state[0], state[1], _symmetric(state[2:])
-        self.reference = torch.where(self.num_batches == 0, reference, self.reference)
-        shift = torch.where(num_batches == 0, 0, reference - self.reference)
-        matrix = self._refer(matrix, shift, torch.zeros_like(shift))
-        self._sums += torch.stack([matrix[i, j] for i, j in _PRODUCTS])
-        self.num_batches = self.num_batches + num_batches
+        num_units, reference, sums = state[0], state[1], state[2:]
+        if not self.num_units.any():
+            self.num_units, self.reference, self._sums = num_units, reference, sums.clone()
+            return
+        if not torch.equal(reference, self.reference):
+            self.reference = torch.where(self.num_units == 0, reference, self.reference)
+            shift = torch.where(num_units == 0, 0, reference - self.reference)
+            matrix = self._refer(_symmetric(sums), shift, torch.zeros_like(shift))
+            sums = torch.stack([matrix[i, j] for i, j in _PRODUCTS])
+        self._sums += sums
+        self.num_units = self.num_units + num_units
 
     def about(self, mean: Tensor, q: Tensor) -> Tensor:
         """Return the second moments of ``(1, a, b)``, of shape (3, 3, C).
 
-        a is a batch's mean minus ``mean``, b its own q minus ``q``; both q are about ``mean``
+        a is a unit's mean minus ``mean``, b its own q minus ``q``; both q are about ``mean``
         where they are mean squares.
         """
         return self._refer(self.matrix, self.reference - mean, -q)
@@ -114,7 +158,5 @@ class Spread:
         return change(matrix, shift, 2 * shift, shift.square() + constant)
 
     def bessel(self) -> Tensor:
-        """Return B / (B - 1) for B batches; NaN for fewer than two."""
-        return torch.where(
-            self.num_batches > 1, self.num_batches / (self.num_batches - 1), torch.nan
-        )
+        """Return B / (B - 1) for B units; NaN for fewer than two."""
+        return torch.where(self.num_units > 1, self.num_units / (self.num_units - 1), torch.nan)

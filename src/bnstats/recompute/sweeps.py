@@ -123,10 +123,13 @@ class _Sweeps:
         moved = 0.0
         for layer, column in zip(layers, columns, strict=True):
             new = self._estimates[layer] = Estimate(*column)
-            mean, var, count = new.mean, new.var, int(new.num_values[0])
+            count = int(new.num_values[0])
             if not count:
                 continue
             check_enough_values(layer, count, self._task.correction_of(layer))
+            if self._task.prior is not None:
+                new = self._estimates[layer] = self._task.prior.combine(layer, new)
+            mean, var = new.mean, new.var
             if layer in self._used:
                 last_mean, last_var = self._used[layer]
                 moved = max(moved, _movement(last_mean, last_var, new))

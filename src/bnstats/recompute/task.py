@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -10,23 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
 
 from bnstats.arguments import check_has_values, check_module
 from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
+from bnstats.recompute.arguments import check_loader
 from bnstats.recompute.batches import (
     DefaultForward,
     MaskedForward,
     Reader,
     default_device,
 )
-from bnstats.recompute.estimators import Estimator
+from bnstats.recompute.estimators import Estimator, Pooled
 from bnstats.recompute.observer import ObservedLayer
 from bnstats.recompute.options import Options, check_options
 from bnstats.recompute.population import PopulationStats
+from bnstats.recompute.prior import Prior
 from bnstats.reduction import wide_dtype
 from bnstats.traversal import named_batchnorms, unwrap
 
@@ -42,6 +43,8 @@ class Method:
         rereads: the loader is read more than once.
         holds_inputs: inputs of layers are held in memory until all batches have come.
         merges: what several processes measure can be merged.
+        samples: the spread between samples is known, about the statistics that are found.
+        in_order: a layer is measured behind layers that normalize with their own statistics.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Method:
     rereads: bool = False
     holds_inputs: bool = False
     merges: bool = True
+    samples: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +72,7 @@ class Task:
         options: what else the caller asked for.
         peers: the processes that measure together.
         interrupts: what runs the loader and, in this thread, the forward.
+        prior: statistics of another data set, toward which those of the loader are drawn.
     """
 
     model: nn.Module
@@ -79,6 +85,7 @@ class Task:
     options: Options
     peers: Peers
     interrupts: Interrupts
+    prior: Prior | None = None
 
     @property
     def like(self) -> Tensor:
@@ -105,6 +112,7 @@ class Task:
                 for x in self.layers
             ),
             "dtype of the measurement": str(self.like.dtype) if self.layers else None,
+            "prior": None if self.prior is None else self.prior.description,
         }
 
     def reader(self, *, progress: bool = False) -> Reader:
@@ -144,8 +152,17 @@ class Task:
             yield batch
 
     def correction_of(self, layer: ObservedLayer) -> int:
-        """Return a layer's correction: about zero no mean is estimated, and none corrected for."""
-        return 0 if layer.about_zero else self.options.correction
+        """Return a layer's correction: about zero no mean is estimated, and none corrected for.
+
+        With a prior it is the mean's error between samples that is corrected for.
+        """
+        return 0 if layer.about_zero or self.prior is not None else self.options.correction
+
+    def new_estimator(self, correction: Tensor, like: Tensor) -> Estimator:
+        """Return the method's estimator; with the spread between samples, where that is taken."""
+        if self.layers[0].reference is not None:
+            return Pooled(correction, like, samples=True)
+        return self.method.estimator(correction, like)
 
 
 def _with_index(device: torch.device | str) -> torch.device:
@@ -167,16 +184,20 @@ def prepare(
     check_module(model, loader, "model, loader")
     inner = unwrap(model)
     check_options(options)
+    check_prior(method, options)
     if options.memory_limit is not None and not method.holds_inputs:
         raise InvalidValueError(
             f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
         )
-    check_loader(loader, method)
+    check_loader(loader, method.name, rereads=method.rereads)
     check_mergeable(method, peers)
+    samples = method.samples and (options.samples or options.prior is not None)
     layers = named_batchnorms(inner, options.include)
     check_has_values(layers)
     frozen = frozen_layers(inner, layers)
-    chosen = tuple(ObservedLayer.of(n, x) for n, x in layers.items() if n not in frozen)
+    chosen = tuple(
+        ObservedLayer.of(n, x, samples=samples) for n, x in layers.items() if n not in frozen
+    )
     check_sharding(inner, chosen, method)
     forward: Callable[[Any], Any] = (
         DefaultForward(inner) if options.forward is None else partial(options.forward, inner)
@@ -192,38 +213,26 @@ def prepare(
         device=default_device(inner) if options.device is None else options.device,
         method=method,
         options=options,
+        prior=None if options.prior is None else Prior(options.prior, chosen),
         peers=peers,
         interrupts=interrupts,
     )
 
 
-def check_loader(loader: object, method: Method) -> None:
-    """Refuse what is no iterable of batches, or cannot be read as often as the method needs."""
-    if _is_map_style_dataset(loader):
-        raise InvalidTypeError(
-            f"loader: expected an iterable of batches, got {type(loader).__name__}, a dataset "
-            "whose samples would count as batches; pass DataLoader(dataset, batch_size=...)"
-        )
-    # A loader may be iterable by __getitem__ alone.
-    iterable = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if not iterable or isinstance(loader, (Tensor, Mapping, str)):
-        remedy = "call it" if callable(loader) else "one batch by itself goes in as [batch]"
-        raise InvalidTypeError(
-            "loader: expected an iterable of batches, for example a DataLoader or a list, got "
-            f"{type(loader).__name__}; {remedy}"
-        )
-    if method.rereads and isinstance(loader, Iterator):
+def check_prior(method: Method, options: Options) -> None:
+    """Refuse what cannot be done together with a prior."""
+    if options.prior is None:
+        return
+    if not method.in_order:
         raise InvalidValueError(
-            f'loader: method="{method.name}" reads it again and again, and an iterator '
-            f"({type(loader).__name__}) can be read once; pass a DataLoader or a list, or "
-            'method="layerwise"'
+            "prior: each layer is to be measured behind layers that are adapted already: expected "
+            f'method="layerwise" (the default with a prior) or "sweeps", got "{method.name}"'
         )
-
-
-def _is_map_style_dataset(loader: object) -> bool:
-    # __getitems__ is what a DataLoader fetches from, also where a dataset is no torch class.
-    is_dataset = isinstance(loader, Dataset) or hasattr(type(loader), "__getitems__")
-    return is_dataset and not isinstance(loader, IterableDataset)
+    if options.tolerance is not None:
+        raise InvalidValueError(
+            "tolerance: expected None with a prior, whose weight already follows from the errors; "
+            "limit what is read by max_batches"
+        )
 
 
 def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
