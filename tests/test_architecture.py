@@ -19,7 +19,7 @@ FLOORS = [
     {"holding", "freezing"},
     {"layers"},
     {"convert", "recompute"},
-    {"diagnose", "integrations"},
+    {"diagnosis", "integrations"},
     {""},
     {"cli", "integrations"},
     {"__main__"},

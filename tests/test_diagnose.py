@@ -306,7 +306,7 @@ def test_what_cannot_be_drawn_says_why(monkeypatch):
     with pytest.raises(InvalidTypeError, match="expected a Recalibration"):
         bnstats.plot_drift(both)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.delitem(sys.modules, "bnstats.diagnose.figure", raising=False)
+    monkeypatch.delitem(sys.modules, "bnstats.diagnosis.figure", raising=False)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         bnstats.plot_batch_stats(both, "1")
 

@@ -16,6 +16,7 @@ The map:
 - :func:`hold_statistics`: training forwards that move no statistics.
   :func:`freeze_statistics`: layers that normalize with theirs whatever mode the model is in,
   until :func:`thaw_statistics`.
+- :func:`diagnose`: is it the batch norm? One verdict, its evidence, and the line that mends it.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
   :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
@@ -23,10 +24,12 @@ The map:
 """
 
 from bnstats.convert import convert_batchnorm, revert_batchnorm
-from bnstats.diagnose import (
+from bnstats.diagnosis import (
     BatchStatsRecord,
+    Diagnosis,
     LayerRecord,
     RunningError,
+    diagnose,
     estimate_running_error,
     plot_batch_stats,
     plot_drift,
@@ -84,6 +87,7 @@ __all__ = [
     "CumulativeBatchNorm1d",
     "CumulativeBatchNorm2d",
     "CumulativeBatchNorm3d",
+    "Diagnosis",
     "Drift",
     "DriftReport",
     "EMABatchNorm",
@@ -107,6 +111,7 @@ __all__ = [
     "RunningError",
     "RunningStats",
     "convert_batchnorm",
+    "diagnose",
     "estimate_running_error",
     "freeze_statistics",
     "hold_statistics",

@@ -240,9 +240,8 @@ def measure_population_stats(
 ) -> PopulationStats:
     """Measure the population statistics of the loader's data, and write nothing.
 
-    Arguments, warnings and errors are those of :func:`recompute_population_stats`. The spread
-    between samples is taken along (but with averages over batches), at a few percent of the time:
-    these statistics serve as a ``prior``.
+    Arguments, warnings and errors are those of :func:`recompute_population_stats`. These
+    statistics, but not averages over batches, have the spread between samples: what a prior needs.
 
     Example:
         >>> import torch, bnstats

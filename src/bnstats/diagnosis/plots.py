@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from bnstats.diagnose.record import BatchStatsRecord
+from bnstats.diagnosis.record import BatchStatsRecord
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.recompute import DriftReport, PopulationStats, Recalibration
 
@@ -194,7 +194,7 @@ def _label(panel: Any, equal: float, text: str) -> None:
 
 def _new_figure(width: float, height: float) -> Figure:
     try:
-        from bnstats.diagnose.figure import NotebookFigure
+        from bnstats.diagnosis.figure import NotebookFigure
     except ImportError as error:
         raise ImportError("figures are drawn with matplotlib: pip install matplotlib") from error
     return NotebookFigure(figsize=(width, height), layout="constrained")

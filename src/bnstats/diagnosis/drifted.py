@@ -1,0 +1,136 @@
+"""How far each layer's statistics are off, how sure that is, and what would explain it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.diagnosis.running_error import estimate_running_error
+from bnstats.recompute import Drift, LayerStats, PopulationStats
+from bnstats.recompute.layer_stats import with_eps
+
+MATERIAL = 0.1
+"""Distance from which on statistics are off: in standard deviations of the layer's output."""
+
+_SURE = 3.0
+"""Squared distance over squared standard error from which on it is no chance."""
+
+
+class Distance(NamedTuple):
+    """How far a layer's statistics are off, in standard deviations of its output.
+
+    A mean is off by its shift; a variance off by a factor ``1 + r`` scales the output by half of r.
+
+    Attributes:
+        size: root mean square over channels of the shift and half the variance's logarithm.
+        stderr: the same of their standard errors; NaN where these are not known.
+    """
+
+    size: float
+    stderr: float
+
+    @property
+    def is_material(self) -> bool:
+        """Whether it is large and no chance."""
+        return self.size > MATERIAL and self.size**2 > _SURE * self.stderr**2
+
+    @property
+    def may_be_material(self) -> bool:
+        """Whether it is large, be it by chance."""
+        return self.size > MATERIAL
+
+    def __str__(self) -> str:
+        return f"{self.size:.2f} ± {self.stderr:.2f} sd"
+
+
+def distance(drift: Drift, *errors: LayerStats) -> Distance:
+    """Return a drift as one number, with the errors of the statistics that it is between."""
+    size = _combine(drift.mean_shift, drift.var_ratio.log())
+    return Distance(size, math.hypot(*(_stderr(stats) for stats in errors)))
+
+
+def _combine(shift: Tensor, log_ratio: Tensor) -> float:
+    return float((shift.square() + log_ratio.square() / 4).mean().sqrt())
+
+
+def _stderr(stats: LayerStats) -> float:
+    """Return the standard error of statistics, from their samples if known, else from batches."""
+    square = with_eps(stats.var, stats.eps)
+    if stats.num_samples > 1:
+        share = stats.sample_spread[:, 0, 0] / stats.count**2
+        of_mean, of_var = stats.sample_covariance.diagonal(dim1=1, dim2=2).unbind(1)
+        shift, ratio = (share * of_mean).sqrt(), (share * of_var).sqrt()
+    else:
+        shift, ratio = stats.mean_stderr, stats.var_stderr
+    return _combine(shift / square.sqrt(), ratio / square)
+
+
+class Explained(NamedTuple):
+    """What of a layer's drift its averaging explains.
+
+    Attributes:
+        num_updates: batches that it has averaged; None where it does not say.
+        initial_weight: what the initial 0 and 1 still weigh; 0 in a debiased average.
+        of_one_batch: standard error of one batch's statistics.
+        expected: that of the average, by its momentum.
+        at_default: that of an average of momentum 0.1.
+    """
+
+    num_updates: int | None
+    initial_weight: float
+    of_one_batch: float
+    expected: float
+    at_default: float
+
+
+def explain(layer: _BatchNorm, name: str, stats: PopulationStats) -> Explained:
+    """Return what explains a layer's drift, by its own momentum and number of updates."""
+    updates = _num_updates(layer)
+    momentum = layer.momentum
+    one = PopulationStats({name: stats[name]}, method="batch_average")
+
+    def expected(momentum: float | None) -> float:
+        if momentum is None:  # a cumulative average
+            return expected(1.0) / math.sqrt(max(updates or 1, 1))
+        error = estimate_running_error(one, momentum=momentum)[name]
+        return _combine(error.mean_shift, error.var_ratio)
+
+    debiased = bool(getattr(layer, "debias", False))
+    initial_weight = 0.0
+    if updates is not None and momentum is not None and not debiased:
+        initial_weight = (1 - momentum) ** updates
+    usable = momentum is None or 0 < momentum <= 1
+    return Explained(
+        num_updates=updates,
+        initial_weight=initial_weight,
+        of_one_batch=expected(1.0),
+        expected=expected(momentum) if usable else 0.0,
+        at_default=expected(0.1),
+    )
+
+
+def _num_updates(layer: _BatchNorm) -> int | None:
+    """Return how many batches a layer counted; None where it did not, or is of a time without."""
+    if layer.num_batches_tracked is None:
+        return None
+    updates = int(layer.num_batches_tracked)
+    assert layer.running_mean is not None and layer.running_var is not None
+    untouched = bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
+    return updates if updates or untouched else None
+
+
+def not_finite(layers: Mapping[str, _BatchNorm]) -> dict[str, int]:
+    """Return the layers whose running statistics cannot normalize, with how many channels."""
+    bad = {}
+    for name, layer in layers.items():
+        assert layer.running_mean is not None and layer.running_var is not None
+        mean, var = layer.running_mean, layer.running_var
+        channels = ~torch.isfinite(mean) | ~torch.isfinite(var) | (var < 0)
+        if channels.any():
+            bad[name] = int(channels.sum())
+    return bad

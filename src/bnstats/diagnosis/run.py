@@ -1,0 +1,303 @@
+"""The public function: is it the batch norm?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnstats.diagnosis import verdict
+from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
+from bnstats.diagnosis.drifted import MATERIAL, Distance, distance, explain, not_finite
+from bnstats.diagnosis.metric import Metric, measure_metric, summarize
+from bnstats.diagnosis.verdict import REMEDIES, Diagnosis, Measured
+from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError
+from bnstats.recompute import (
+    Drift,
+    PopulationStats,
+    RunningStats,
+    measure_population_stats,
+)
+from bnstats.recompute.arguments import check_loader
+from bnstats.recompute.batches import Forward, default_device
+from bnstats.recompute.drift import compare
+from bnstats.traversal import first_names, named_batchnorms, no_batchnorm, unwrap
+
+_SURE = 3.0
+"""Standard errors from which on a difference of the metric is no chance."""
+
+_FEWEST_SAMPLES = 30
+"""Samples from which on a metric's standard error is worth something."""
+
+
+def diagnose(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    metric: Metric | None = None,
+    target: Iterable[Any] | None = None,
+    expected: float | None = None,
+    forward: Forward | None = None,
+    device: torch.device | str | None = None,
+    max_batches: int | None = None,
+) -> Diagnosis:
+    """Tell whether a model evaluates badly because of its batch norm, and what mends it.
+
+    The running statistics are held against the population statistics of the loader, each layer's
+    distance against its standard error, and against what its momentum, its number of updates and
+    the spread between batches explain. A distance is in standard deviations of the layer's output,
+    and large from 0.1 on. The model is left as it was.
+
+    Args:
+        model: any Module; wrappers are seen through. It may be in training or evaluation mode; a
+            layer in evaluation mode in a model that trains counts as frozen.
+        loader: batches of the training data, as large as in training. Arguments about it are those
+            of :func:`recompute_population_stats`. It is read once; with a metric and no target,
+            twice.
+        metric: ``metric(model, batch)`` returns a number for each sample, the larger the better:
+            ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
+            sample with running and with population statistics, on the target if there is one.
+        target: batches of the data that the model is evaluated on, where these may be others.
+        expected: what the metric should be. If it is less, and statistics do not mend it, the fault
+            is not the batch norm's; what is normal for a model, only its user knows.
+        forward: ``forward(model, batch)`` where batches do not go in by themselves.
+        device: where batches go; by default where the model's first parameter is.
+        max_batches: read at most so many of each loader.
+
+    Returns:
+        One verdict, its evidence, and the line that mends it; ``print`` shows all.
+
+    Raises:
+        InvalidValueError: an empty loader, an iterator where it is read twice, a metric that is not
+            finite, ``expected`` without a metric.
+        InvalidTypeError: not a Module, not a loader, a metric that returns something else.
+
+    Example:
+        >>> import torch, bnstats
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> loader = torch.randn(640, 4).split(64)
+        >>> _ = bnstats.recompute_population_stats(model, loader)
+        >>> print(bnstats.diagnose(model, loader))
+        verdict: healthy
+        - 1 BatchNorm layer: '1', the farthest, is 0.00 ± 0.04 sd from the loader's population
+        remedy: nothing to mend in the batch norm's statistics
+    """
+    inner = unwrap(model)
+    _check(loader, metric, target, expected)
+    layers = named_batchnorms(inner, None)
+    if not layers:
+        return _diagnosis(verdict.NOT_BATCH_NORM, no_batchnorm(inner, None))
+    if bad := not_finite(layers):
+        return _diagnosis(
+            verdict.NOT_FINITE,
+            f"{len(bad)} of {len(layers)} BatchNorm layers have running statistics that are NaN, "
+            f"infinite or negative variances: {first_names(bad)}, in {sum(bad.values())} channels; "
+            "one batch that is not finite, or overflows a half buffer, stays in nn.BatchNorm's "
+            "average",
+        )
+    frozen = {name: why_frozen(name, layers, inner) for name in layers}
+    options: dict[str, Any] = {
+        "forward": forward,
+        "device": default_device(inner) if device is None else device,
+        "max_batches": max_batches,
+    }
+    with _evaluating(inner):
+        return _Examination(inner, layers, frozen, options).run(loader, metric, target, expected)
+
+
+def _check(loader: object, metric: object, target: object, expected: float | None) -> None:
+    if metric is not None and not callable(metric):
+        raise InvalidTypeError(f"metric: expected a callable, got {type(metric).__name__}")
+    if metric is None and expected is not None:
+        raise InvalidValueError("expected: there is no metric that it could be compared with")
+    twice = metric is not None
+    check_loader(loader, "diagnose", rereads=twice and target is None)
+    if target is not None:
+        check_loader(target, "diagnose", rereads=twice)
+
+
+def _diagnosis(name: str, *evidence: str, **more: Any) -> Diagnosis:
+    return Diagnosis(name, tuple(evidence), REMEDIES[name], **more)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode: no layer of it counts as frozen, and metrics evaluate."""
+    training = [(module, module.training) for module in model.modules()]
+    for module, _ in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+
+
+class _Examination:
+    """One examination of a model in evaluation mode."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, _BatchNorm],
+        frozen: Mapping[str, str],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._frozen = frozen
+        self._options = options
+
+    def run(
+        self,
+        loader: Iterable[Any],
+        metric: Metric | None,
+        target: Iterable[Any] | None,
+        expected: float | None,
+    ) -> Diagnosis:
+        """Measure, and weigh what was found."""
+        try:
+            population = self._measure(loader)
+            of_target = None if target is None else self._measure(target)
+        except NonFiniteStatisticsError as error:
+            return _diagnosis(
+                verdict.NOT_BATCH_NORM,
+                f"{error}: weights, or data, are NaN or overflow before any statistics are used",
+            )
+        drift = population.drift_from(self._model)
+        cases = {
+            name: Case(
+                self._layers[name],
+                distance(drift[name], population[name]),
+                explain(self._layers[name], name, population),
+                self._frozen[name],
+            )
+            for name in population
+        }
+        if not cases:
+            return _diagnosis(verdict.CANNOT_TELL, "no BatchNorm layer could be measured")
+        values: dict[str, Tensor] = {}
+        if metric is not None:
+            values = self._metric(
+                metric, loader if target is None else target, population, of_target
+            )
+        metrics = {name: summarize(x) for name, x in values.items()}
+        found, evidence = self._weigh(cases, values, population, of_target, expected)
+        return _diagnosis(found, *evidence, drift=drift, metrics=metrics)
+
+    def _measure(self, loader: Iterable[Any]) -> PopulationStats:
+        return measure_population_stats(
+            self._model, loader, on_nonfinite="skip", sync=False, **self._options
+        )
+
+    def _metric(
+        self,
+        metric: Metric,
+        loader: Iterable[Any],
+        population: PopulationStats,
+        of_target: PopulationStats | None,
+    ) -> dict[str, Tensor]:
+        """Return each sample's metric with running, population and the target's statistics."""
+        running = {name: RunningStats.of(self._layers[name]) for name in population}
+        statistics = {"running": running, "population": _as_running(population)}
+        if of_target is not None:
+            statistics["target"] = {**running, **_as_running(of_target)}
+        batches = islice(loader, self._options["max_batches"])
+        device = self._options["device"]
+        return measure_metric(metric, self._model, self._layers, batches, statistics, device)
+
+    def _weigh(
+        self,
+        cases: Mapping[str, Case],
+        values: Mapping[str, Tensor],
+        population: PopulationStats,
+        of_target: PopulationStats | None,
+        expected: float | None,
+    ) -> tuple[str, list[str]]:
+        """Return the verdict and the evidence."""
+        about_metric = [_about_metric(values)] if values else []
+        finding = find_cause(cases)
+        if finding is None and of_target is not None:
+            finding = _other_data(population, of_target, values)
+        if finding is None and values and _gain(values, "population") > _SURE:
+            finding = (
+                verdict.AVERAGES_LAG,
+                f"population statistics mend the metric; {_worst(cases)}",
+            )
+        if finding is not None:
+            return finding[0], [finding[1], *about_metric]
+        if expected is not None and (short := _shortfall(values, expected)):
+            return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
+        if any(case.distance.may_be_material for case in cases.values()):
+            few = f"{_worst(cases)}: the loader has too few samples to tell that from chance"
+            return verdict.CANNOT_TELL, [few, *about_metric]
+        if values and (count := len(values["running"])) < _FEWEST_SAMPLES:
+            few = f"the metric has {count} samples, too few for a standard error"
+            return verdict.CANNOT_TELL, [_worst(cases), *about_metric, few]
+        if values and expected is None:
+            about_metric.append("if the metric should be better, it is not the batch norm")
+        return verdict.HEALTHY, [_worst(cases), *about_metric]
+
+
+def _as_running(stats: PopulationStats) -> dict[str, RunningStats]:
+    return {name: RunningStats(layer.mean, layer.var) for name, layer in stats.items()}
+
+
+def _other_data(
+    population: PopulationStats, target: PopulationStats, values: Mapping[str, Tensor]
+) -> Finding | None:
+    """Return how far the target's statistics are from the loader's, where that does harm."""
+    shared = [name for name in population if name in target]
+    pairs = {name: RunningStats(target[name].mean, target[name].var) for name in shared}
+    drift: Mapping[str, Drift] = compare(pairs, population)
+    distances = {name: distance(drift[name], population[name], target[name]) for name in shared}
+    off = [name for name, far in distances.items() if far.is_material and far.size > 2 * MATERIAL]
+    if not off or (values and _gain(values, "target") <= _SURE):
+        return None
+    worst = max(off, key=lambda name: distances[name].size)
+    return verdict.OTHER_DATA, (
+        f"{len(off)} of {len(shared)} layers see other values on the target than on the loader, "
+        f"first '{off[0]}' ({distances[off[0]]}), most '{worst}' ({distances[worst]})"
+    )
+
+
+def _worst(cases: Mapping[str, Case]) -> str:
+    far: dict[str, Distance] = {name: case.distance for name, case in cases.items()}
+    worst = max(far, key=lambda name: far[name].size)
+    return (
+        f"{len(cases)} BatchNorm layer{'s' * (len(cases) > 1)}: '{worst}', the farthest, is "
+        f"{far[worst]} from the loader's population"
+    )
+
+
+def _gain(values: Mapping[str, Tensor], name: str) -> float:
+    """Return what other statistics make of the metric, in standard errors of the difference."""
+    gained = summarize(values[name] - values["running"])
+    if gained.num_samples < _FEWEST_SAMPLES or gained.stderr == 0:
+        return 0.0
+    return gained.mean / gained.stderr
+
+
+def _about_metric(values: Mapping[str, Tensor]) -> str:
+    parts = [f"the metric is {summarize(values['running'])} with running statistics"]
+    for name in values:
+        if name != "running":
+            gained: Measured = summarize(values[name] - values["running"])
+            parts.append(f"changes by {gained} with those of the {_WHOSE[name]}")
+    return ", ".join(parts) + f" ({len(values['running'])} samples)"
+
+
+_WHOSE = {"population": "loader's population", "target": "target"}
+
+
+def _shortfall(values: Mapping[str, Tensor], expected: float) -> str:
+    """Say that the metric is less than expected whatever the statistics; nothing where not."""
+    best = max((summarize(x) for x in values.values()), key=lambda measured: measured.mean)
+    if not expected - best.mean > _SURE * best.stderr:
+        return ""
+    return f"{expected:.4g} was expected, and with no statistics it is more than {best}"
