@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 
 import bnstats
-from bnstats.cli import check, compare, demo, measure, recompute
+from bnstats.cli import check, compare, demo, diagnose, measure, recompute
 from bnstats.errors import BnstatsError
 
-_COMMANDS = (demo, recompute, measure, compare, check)
+_COMMANDS = (demo, recompute, measure, compare, check, diagnose)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

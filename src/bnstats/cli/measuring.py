@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from bnstats import PopulationStats
 from bnstats.cli.callables import find
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.recompute.run import METHODS
@@ -34,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="module:callable that returns the model")
     parser.add_argument("loader", metavar="LOADER", help="module:callable that returns the batches")
     parser.add_argument("--overwrite", action="store_true", help="let files be replaced")
-    parser.add_argument("--method", choices=METHODS, default="pooled")
+    parser.add_argument(
+        "--method", choices=METHODS, help='default: "pooled", with a prior "layerwise"'
+    )
+    parser.add_argument(
+        "--prior", type=Path, metavar="NPZ", help="of `bnstats measure` on the training data"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--max-batches", type=int, metavar="N")
     parser.add_argument("--tolerance", type=float, help="stop at standard errors no larger")
@@ -60,6 +66,7 @@ def measurement(options: argparse.Namespace, rank: int) -> dict[str, Any]:
         "tolerance": options.tolerance,
         "on_nonfinite": "skip" if options.skip_nonfinite else "raise",
         "memory_limit": options.memory_limit,
+        "prior": None if options.prior is None else PopulationStats.load(options.prior),
         "progress": rank == 0 and not options.no_progress,
     }
 

@@ -83,7 +83,7 @@ def _too_few_updates(off: Mapping[str, Case], _: Mapping[str, Case]) -> Finding 
     explained = few[worst].explained
     return verdict.TOO_FEW_UPDATES, (
         f"{_layers(few)}: after {explained.num_updates} updates at momentum "
-        f"{few[worst].layer.momentum:g} the initial mean 0 and variance 1 still weigh "
+        f"{explained.momentum:g} the initial mean 0 and variance 1 still weigh "
         f"{explained.initial_weight:.0%}; '{worst}' is {few[worst].distance} off"
     )
 
@@ -109,7 +109,7 @@ def _momentum_too_high(_: Mapping[str, Case], cases: Mapping[str, Case]) -> Find
     high = {
         name: case
         for name, case in cases.items()
-        if (case.layer.momentum or 0) >= _HIGH_MOMENTUM
+        if (case.explained.momentum or 0) >= _HIGH_MOMENTUM
         and case.explained.expected > max(MATERIAL / 2, 2 * case.explained.at_default)
     }
     if not high:
@@ -117,7 +117,7 @@ def _momentum_too_high(_: Mapping[str, Case], cases: Mapping[str, Case]) -> Find
     worst = max(high, key=lambda name: high[name].explained.expected)
     explained = high[worst].explained
     return verdict.MOMENTUM_TOO_HIGH, (
-        f"{_layers(high)}: with momentum {high[worst].layer.momentum:g} the averages of '{worst}' "
+        f"{_layers(high)}: with momentum {explained.momentum:g} the averages of '{worst}' "
         f"have a standard error of {explained.expected:.2f} sd, by the spread between batches; "
         f"with 0.1 it would be {explained.at_default:.2f} (it is {high[worst].distance} off now)"
     )

@@ -17,8 +17,8 @@ from bnstats.recompute.layer_stats import with_eps
 MATERIAL = 0.1
 """Distance from which on statistics are off: in standard deviations of the layer's output."""
 
-_SURE = 3.0
-"""Squared distance over squared standard error from which on it is no chance."""
+_SURE = 2.0
+"""Standard errors from which on a distance is no chance: it is a mean over channels."""
 
 
 class Distance(NamedTuple):
@@ -37,7 +37,7 @@ class Distance(NamedTuple):
     @property
     def is_material(self) -> bool:
         """Whether it is large and no chance."""
-        return self.size > MATERIAL and self.size**2 > _SURE * self.stderr**2
+        return self.size > MATERIAL and self.size > _SURE * self.stderr
 
     @property
     def may_be_material(self) -> bool:
@@ -64,6 +64,9 @@ def _stderr(stats: LayerStats) -> float:
     if stats.num_samples > 1:
         share = stats.sample_spread[:, 0, 0] / stats.count**2
         of_mean, of_var = stats.sample_covariance.diagonal(dim1=1, dim2=2).unbind(1)
+        # An error taken from few samples is itself unsure: the variance of Student's t.
+        few = stats.num_samples
+        share = share * ((few - 1) / (few - 3) if few > 3 else math.nan)
         shift, ratio = (share * of_mean).sqrt(), (share * of_var).sqrt()
     else:
         shift, ratio = stats.mean_stderr, stats.var_stderr
@@ -74,6 +77,7 @@ class Explained(NamedTuple):
     """What of a layer's drift its averaging explains.
 
     Attributes:
+        momentum: its weight of a new batch; None for an average over all batches.
         num_updates: batches that it has averaged; None where it does not say.
         initial_weight: what the initial 0 and 1 still weigh; 0 in a debiased average.
         of_one_batch: standard error of one batch's statistics.
@@ -81,6 +85,7 @@ class Explained(NamedTuple):
         at_default: that of an average of momentum 0.1.
     """
 
+    momentum: float | None
     num_updates: int | None
     initial_weight: float
     of_one_batch: float
@@ -91,7 +96,8 @@ class Explained(NamedTuple):
 def explain(layer: _BatchNorm, name: str, stats: PopulationStats) -> Explained:
     """Return what explains a layer's drift, by its own momentum and number of updates."""
     updates = _num_updates(layer)
-    momentum = layer.momentum
+    # A cumulative layer keeps a momentum for the way back, of no effect.
+    momentum = None if hasattr(layer, "num_values_tracked") else layer.momentum
     one = PopulationStats({name: stats[name]}, method="batch_average")
 
     def expected(momentum: float | None) -> float:
@@ -106,6 +112,7 @@ def explain(layer: _BatchNorm, name: str, stats: PopulationStats) -> Explained:
         initial_weight = (1 - momentum) ** updates
     usable = momentum is None or 0 < momentum <= 1
     return Explained(
+        momentum=momentum,
         num_updates=updates,
         initial_weight=initial_weight,
         of_one_batch=expected(1.0),

@@ -12,27 +12,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis import verdict
-from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
-from bnstats.diagnosis.drifted import MATERIAL, Distance, distance, explain, not_finite
+from bnstats.diagnosis.causes import Case, why_frozen
+from bnstats.diagnosis.drifted import distance, explain, not_finite
 from bnstats.diagnosis.metric import Metric, measure_metric, summarize
-from bnstats.diagnosis.verdict import REMEDIES, Diagnosis, Measured
-from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError
+from bnstats.diagnosis.verdict import REMEDIES, Diagnosis
+from bnstats.diagnosis.weighing import weigh
+from bnstats.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    NonFiniteStatisticsError,
+    TooFewValuesError,
+)
 from bnstats.recompute import (
-    Drift,
     PopulationStats,
     RunningStats,
     measure_population_stats,
 )
 from bnstats.recompute.arguments import check_loader
 from bnstats.recompute.batches import Forward, default_device
-from bnstats.recompute.drift import compare
 from bnstats.traversal import first_names, named_batchnorms, no_batchnorm, unwrap
-
-_SURE = 3.0
-"""Standard errors from which on a difference of the metric is no chance."""
-
-_FEWEST_SAMPLES = 30
-"""Samples from which on a metric's standard error is worth something."""
 
 
 def diagnose(
@@ -82,10 +80,8 @@ def diagnose(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
         >>> loader = torch.randn(640, 4).split(64)
         >>> _ = bnstats.recompute_population_stats(model, loader)
-        >>> print(bnstats.diagnose(model, loader))
-        verdict: healthy
-        - 1 BatchNorm layer: '1', the farthest, is 0.00 ± 0.04 sd from the loader's population
-        remedy: nothing to mend in the batch norm's statistics
+        >>> bnstats.diagnose(model, loader).verdict
+        'healthy'
     """
     inner = unwrap(model)
     _check(loader, metric, target, expected)
@@ -115,10 +111,16 @@ def _check(loader: object, metric: object, target: object, expected: float | Non
         raise InvalidTypeError(f"metric: expected a callable, got {type(metric).__name__}")
     if metric is None and expected is not None:
         raise InvalidValueError("expected: there is no metric that it could be compared with")
-    twice = metric is not None
-    check_loader(loader, "diagnose", rereads=twice and target is None)
-    if target is not None:
-        check_loader(target, "diagnose", rereads=twice)
+    for name, batches in (("loader", loader), ("target", target)):
+        if batches is None:
+            continue
+        check_loader(batches, "pooled", rereads=False)
+        again = metric is not None and (name == "target" or target is None)
+        if again and isinstance(batches, Iterator):
+            raise InvalidValueError(
+                f"{name}: it is read again for the metric, and an iterator "
+                f"({type(batches).__name__}) can be read once; pass a DataLoader or a list"
+            )
 
 
 def _diagnosis(name: str, *evidence: str, **more: Any) -> Diagnosis:
@@ -169,6 +171,8 @@ class _Examination:
                 verdict.NOT_BATCH_NORM,
                 f"{error}: weights, or data, are NaN or overflow before any statistics are used",
             )
+        except TooFewValuesError as error:
+            return _diagnosis(verdict.CANNOT_TELL, str(error))
         drift = population.drift_from(self._model)
         cases = {
             name: Case(
@@ -187,7 +191,7 @@ class _Examination:
                 metric, loader if target is None else target, population, of_target
             )
         metrics = {name: summarize(x) for name, x in values.items()}
-        found, evidence = self._weigh(cases, values, population, of_target, expected)
+        found, evidence = weigh(cases, values, population, of_target, expected)
         return _diagnosis(found, *evidence, drift=drift, metrics=metrics)
 
     def _measure(self, loader: Iterable[Any]) -> PopulationStats:
@@ -211,93 +215,6 @@ class _Examination:
         device = self._options["device"]
         return measure_metric(metric, self._model, self._layers, batches, statistics, device)
 
-    def _weigh(
-        self,
-        cases: Mapping[str, Case],
-        values: Mapping[str, Tensor],
-        population: PopulationStats,
-        of_target: PopulationStats | None,
-        expected: float | None,
-    ) -> tuple[str, list[str]]:
-        """Return the verdict and the evidence."""
-        about_metric = [_about_metric(values)] if values else []
-        finding = find_cause(cases)
-        if finding is None and of_target is not None:
-            finding = _other_data(population, of_target, values)
-        if finding is None and values and _gain(values, "population") > _SURE:
-            finding = (
-                verdict.AVERAGES_LAG,
-                f"population statistics mend the metric; {_worst(cases)}",
-            )
-        if finding is not None:
-            return finding[0], [finding[1], *about_metric]
-        if expected is not None and (short := _shortfall(values, expected)):
-            return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
-        if any(case.distance.may_be_material for case in cases.values()):
-            few = f"{_worst(cases)}: the loader has too few samples to tell that from chance"
-            return verdict.CANNOT_TELL, [few, *about_metric]
-        if values and (count := len(values["running"])) < _FEWEST_SAMPLES:
-            few = f"the metric has {count} samples, too few for a standard error"
-            return verdict.CANNOT_TELL, [_worst(cases), *about_metric, few]
-        if values and expected is None:
-            about_metric.append("if the metric should be better, it is not the batch norm")
-        return verdict.HEALTHY, [_worst(cases), *about_metric]
-
 
 def _as_running(stats: PopulationStats) -> dict[str, RunningStats]:
     return {name: RunningStats(layer.mean, layer.var) for name, layer in stats.items()}
-
-
-def _other_data(
-    population: PopulationStats, target: PopulationStats, values: Mapping[str, Tensor]
-) -> Finding | None:
-    """Return how far the target's statistics are from the loader's, where that does harm."""
-    shared = [name for name in population if name in target]
-    pairs = {name: RunningStats(target[name].mean, target[name].var) for name in shared}
-    drift: Mapping[str, Drift] = compare(pairs, population)
-    distances = {name: distance(drift[name], population[name], target[name]) for name in shared}
-    off = [name for name, far in distances.items() if far.is_material and far.size > 2 * MATERIAL]
-    if not off or (values and _gain(values, "target") <= _SURE):
-        return None
-    worst = max(off, key=lambda name: distances[name].size)
-    return verdict.OTHER_DATA, (
-        f"{len(off)} of {len(shared)} layers see other values on the target than on the loader, "
-        f"first '{off[0]}' ({distances[off[0]]}), most '{worst}' ({distances[worst]})"
-    )
-
-
-def _worst(cases: Mapping[str, Case]) -> str:
-    far: dict[str, Distance] = {name: case.distance for name, case in cases.items()}
-    worst = max(far, key=lambda name: far[name].size)
-    return (
-        f"{len(cases)} BatchNorm layer{'s' * (len(cases) > 1)}: '{worst}', the farthest, is "
-        f"{far[worst]} from the loader's population"
-    )
-
-
-def _gain(values: Mapping[str, Tensor], name: str) -> float:
-    """Return what other statistics make of the metric, in standard errors of the difference."""
-    gained = summarize(values[name] - values["running"])
-    if gained.num_samples < _FEWEST_SAMPLES or gained.stderr == 0:
-        return 0.0
-    return gained.mean / gained.stderr
-
-
-def _about_metric(values: Mapping[str, Tensor]) -> str:
-    parts = [f"the metric is {summarize(values['running'])} with running statistics"]
-    for name in values:
-        if name != "running":
-            gained: Measured = summarize(values[name] - values["running"])
-            parts.append(f"changes by {gained} with those of the {_WHOSE[name]}")
-    return ", ".join(parts) + f" ({len(values['running'])} samples)"
-
-
-_WHOSE = {"population": "loader's population", "target": "target"}
-
-
-def _shortfall(values: Mapping[str, Tensor], expected: float) -> str:
-    """Say that the metric is less than expected whatever the statistics; nothing where not."""
-    best = max((summarize(x) for x in values.values()), key=lambda measured: measured.mean)
-    if not expected - best.mean > _SURE * best.stderr:
-        return ""
-    return f"{expected:.4g} was expected, and with no statistics it is more than {best}"

@@ -1,0 +1,108 @@
+"""From distances and a metric to one verdict with its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from bnstats.diagnosis import verdict
+from bnstats.diagnosis.causes import Case, Finding, find_cause
+from bnstats.diagnosis.drifted import MATERIAL, Distance, distance
+from bnstats.diagnosis.metric import summarize
+from bnstats.diagnosis.verdict import Measured
+from bnstats.recompute import Drift, PopulationStats, RunningStats
+from bnstats.recompute.drift import compare
+
+_SURE = 3.0
+"""Standard errors from which on a difference of the metric is no chance."""
+
+_FEWEST_SAMPLES = 30
+"""Samples from which on a metric's standard error is worth something."""
+
+
+def weigh(
+    cases: Mapping[str, Case],
+    values: Mapping[str, Tensor],
+    population: PopulationStats,
+    of_target: PopulationStats | None,
+    expected: float | None,
+) -> tuple[str, list[str]]:
+    """Return the verdict and the evidence."""
+    about_metric = [_about_metric(values)] if values else []
+    finding = find_cause(cases)
+    if finding is None and of_target is not None:
+        finding = _other_data(population, of_target, values)
+    if finding is None and values and _gain(values, "population") > _SURE:
+        finding = (
+            verdict.AVERAGES_LAG,
+            f"population statistics mend the metric; {_worst(cases)}",
+        )
+    if finding is not None:
+        return finding[0], [finding[1], *about_metric]
+    if expected is not None and (short := _shortfall(values, expected)):
+        return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
+    if any(case.distance.may_be_material for case in cases.values()):
+        few = f"{_worst(cases)}: the loader has too few samples to tell that from chance"
+        return verdict.CANNOT_TELL, [few, *about_metric]
+    if values and (count := len(values["running"])) < _FEWEST_SAMPLES:
+        few = f"the metric has {count} samples, too few for a standard error"
+        return verdict.CANNOT_TELL, [_worst(cases), *about_metric, few]
+    if values and expected is None:
+        about_metric.append("if the metric should be better, it is not the batch norm")
+    return verdict.HEALTHY, [_worst(cases), *about_metric]
+
+
+def _other_data(
+    population: PopulationStats, target: PopulationStats, values: Mapping[str, Tensor]
+) -> Finding | None:
+    """Return how far the target's statistics are from the loader's, where that does harm."""
+    shared = [name for name in population if name in target]
+    pairs = {name: RunningStats(target[name].mean, target[name].var) for name in shared}
+    drift: Mapping[str, Drift] = compare(pairs, population)
+    distances = {name: distance(drift[name], population[name], target[name]) for name in shared}
+    off = [name for name, far in distances.items() if far.is_material and far.size > 2 * MATERIAL]
+    if not off or (values and _gain(values, "target") <= _SURE):
+        return None
+    worst = max(off, key=lambda name: distances[name].size)
+    return verdict.OTHER_DATA, (
+        f"{len(off)} of {len(shared)} layers see other values on the target than on the loader, "
+        f"first '{off[0]}' ({distances[off[0]]}), most '{worst}' ({distances[worst]})"
+    )
+
+
+def _worst(cases: Mapping[str, Case]) -> str:
+    far: dict[str, Distance] = {name: case.distance for name, case in cases.items()}
+    worst = max(far, key=lambda name: far[name].size)
+    return (
+        f"{len(cases)} BatchNorm layer{'s' * (len(cases) > 1)}: '{worst}', the farthest, is "
+        f"{far[worst]} from the loader's population"
+    )
+
+
+def _gain(values: Mapping[str, Tensor], name: str) -> float:
+    """Return what other statistics make of the metric, in standard errors of the difference."""
+    gained = summarize(values[name] - values["running"])
+    if gained.num_samples < _FEWEST_SAMPLES or gained.stderr == 0:
+        return 0.0
+    return gained.mean / gained.stderr
+
+
+def _about_metric(values: Mapping[str, Tensor]) -> str:
+    parts = [f"the metric is {summarize(values['running'])} with running statistics"]
+    for name in values:
+        if name != "running":
+            gained: Measured = summarize(values[name] - values["running"])
+            parts.append(f"changes by {gained} with those of the {_WHOSE[name]}")
+    return ", ".join(parts) + f" ({len(values['running'])} samples)"
+
+
+_WHOSE = {"population": "loader's population", "target": "target"}
+
+
+def _shortfall(values: Mapping[str, Tensor], expected: float) -> str:
+    """Say that the metric is less than expected whatever the statistics; nothing where not."""
+    best = max((summarize(x) for x in values.values()), key=lambda measured: measured.mean)
+    if not expected - best.mean > _SURE * best.stderr:
+        return ""
+    return f"{expected:.4g} was expected, and with no statistics it is more than {best}"

@@ -1,0 +1,318 @@
+"""Planted faults are named, healthy models are not accused, and what is not known is said."""
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import TensorDataset
+
+import bnstats
+import networks
+from bnstats.cli import main
+from bnstats.cli.digits import Digits, convolutional_net, multilayer_perceptron
+from bnstats.errors import InvalidTypeError, InvalidValueError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits.load(0)
+
+
+@pytest.fixture(scope="module")
+def healthy(digits):
+    torch.manual_seed(0)
+    return {make: fit(make(), digits) for make in (convolutional_net, perceptron)}
+
+
+def perceptron():
+    return multilayer_perceptron(nn.BatchNorm1d, nn.Linear)
+
+
+def batchnorms(model):
+    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def fit(model, digits, *, steps=200, batch=32, lr=0.1, momentum=0.1, anneal=True, each=None):
+    for layer in batchnorms(model):
+        layer.momentum = momentum
+    images, labels = digits.train.tensors
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps) if anneal else lr
+        chosen = torch.randint(len(images), (batch,))
+        model.train()
+        if each is not None:
+            each(model)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        optimizer.step()
+    return model
+
+
+def batches(data, size=32):
+    return list(zip(*(part.split(size) for part in data.tensors), strict=True))
+
+
+def correct(model, batch):
+    return model(batch[0]).argmax(1) == batch[1]
+
+
+def freeze_second(model):
+    batchnorms(model)[1].eval()
+
+
+FAULTS = {
+    "averages lag": {"steps": 40, "anneal": False},
+    "momentum too high": {"momentum": 0.9},
+    "too few updates": {"steps": 5},
+    "batch too small": {"batch": 2, "lr": 0.02},
+    "layers frozen": {"each": freeze_second},
+}
+
+
+# In the convolutional net two samples bring 128 values to a channel: no fault (see the README).
+PLANTED = [
+    (fault, make)
+    for fault in FAULTS
+    for make in (convolutional_net, perceptron)
+    if (fault, make) != ("batch too small", convolutional_net)
+]
+
+
+@pytest.mark.parametrize(("fault", "make"), PLANTED)
+def test_faults_of_training_are_named(digits, fault, make):
+    options = FAULTS[fault]
+    loader = batches(digits.train, options.get("batch", 32))[:100]
+    diagnosis = bnstats.diagnose(fit(make(), digits, **options), loader)
+    assert diagnosis.verdict == fault
+    assert diagnosis.evidence
+    assert diagnosis.remedy.startswith("bnstats.recompute_population_stats(")
+
+
+@pytest.mark.parametrize("make", [convolutional_net, perceptron])
+def test_trained_nets_are_healthy_and_their_fault_if_any_is_elsewhere(digits, healthy, make):
+    model, loader = copy.deepcopy(healthy[make]), batches(digits.train)
+    for options in (
+        {},
+        {"metric": correct},
+        {"target": batches(digits.test)},
+        {"metric": correct, "target": batches(digits.test)},
+        {"metric": correct, "expected": 0.9},
+    ):
+        diagnosis = bnstats.diagnose(model, loader, **options)
+        assert diagnosis.verdict == "healthy", diagnosis
+        assert diagnosis.healthy
+    with torch.no_grad():
+        model.classifier.weight.copy_(model.classifier.weight[torch.arange(10).roll(1)])
+    diagnosis = bnstats.diagnose(model, loader, metric=correct, expected=0.9)
+    assert diagnosis.verdict == "not the batch norm"
+    assert "0.9 was expected" in str(diagnosis)
+    # Without an expectation nobody can know; the evidence says what is left.
+    diagnosis = bnstats.diagnose(model, loader, metric=correct)
+    assert "it is not the batch norm" in str(diagnosis)
+
+
+def test_a_shifted_validation_set_is_other_data(digits, healthy):
+    model, loader = healthy[convolutional_net], batches(digits.train)
+    images, labels = digits.test.tensors
+    shifted = batches(TensorDataset(images + 1, labels))
+    for options in ({}, {"metric": correct}):
+        diagnosis = bnstats.diagnose(model, loader, target=shifted, **options)
+        assert diagnosis.verdict == "other data"
+        assert "'bn1'" in diagnosis.evidence[0]
+        assert "prior=" in diagnosis.remedy
+    metrics = diagnosis.metrics
+    assert metrics["target"].mean - metrics["running"].mean > 3 * metrics["target"].stderr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_buffers_that_cannot_normalize_are_named(value):
+    model = networks.trained()
+    model[5].running_var[1] = value
+    diagnosis = bnstats.diagnose(model, networks.uneven())
+    assert diagnosis.verdict == "not finite"
+    assert "1 of 3 BatchNorm layers" in diagnosis.evidence[0]
+    assert "'5'" in diagnosis.evidence[0]
+
+
+def test_a_half_buffer_that_overflowed_is_named():
+    model = nn.Sequential(nn.BatchNorm1d(3)).half()
+    model(torch.randn(64, 3).half() * 2000)
+    assert model[0].running_var.isinf().all()
+    assert bnstats.diagnose(model, torch.randn(64, 3).half().split(8)).verdict == "not finite"
+
+
+def test_layers_are_found_frozen_by_their_counters_and_momentum(digits):
+    model = fit(convolutional_net(), digits, each=freeze_second, steps=100).eval()
+    diagnosis = bnstats.diagnose(model, batches(digits.train))
+    assert diagnosis.verdict == "layers frozen"
+    assert "it has counted 0 batches, and others 100" in diagnosis.evidence[0]
+    model = fit(convolutional_net(), digits, momentum=0.0, steps=50)
+    assert "its momentum is 0" in str(bnstats.diagnose(model, batches(digits.train)))
+
+
+def test_weights_that_are_nan_are_not_the_batch_norms_fault():
+    model = networks.trained()
+    model[0].weight.data.fill_(float("nan"))
+    diagnosis = bnstats.diagnose(model, networks.uneven())
+    assert diagnosis.verdict == "not the batch norm"
+
+
+def test_a_model_without_batch_norm_has_another_fault():
+    diagnosis = bnstats.diagnose(nn.Linear(3, 3), [torch.randn(4, 3)])
+    assert diagnosis.verdict == "not the batch norm"
+    assert "no BatchNorm layer" in diagnosis.evidence[0]
+
+
+def test_few_samples_cannot_tell():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    bnstats.recompute_population_stats(model, torch.randn(10_000, 4).split(100))
+    for loader in ([torch.randn(6, 4)], [torch.randn(1, 4)]):
+        assert bnstats.diagnose(model, loader).verdict == "cannot tell"
+    loader = list(torch.randn(50, 20, 4))
+
+    def metric(model, batch):
+        return model(batch).mean()
+
+    diagnosis = bnstats.diagnose(model, loader[:8], metric=metric)
+    assert diagnosis.verdict == "cannot tell"
+    assert "8 samples" in str(diagnosis)
+    assert bnstats.diagnose(model, loader, metric=metric).verdict == "healthy"
+
+
+def test_the_metric_is_the_mean_over_samples_with_its_standard_error(digits):
+    model, target = fit(convolutional_net(), digits, steps=20), batches(digits.test, 100)
+    diagnosis = bnstats.diagnose(model, batches(digits.train), metric=correct, target=target)
+    images, labels = digits.test.tensors
+    with torch.no_grad():
+        right = (model.eval()(images).argmax(1) == labels).double()
+    running = diagnosis.metrics["running"]
+    assert running.mean == pytest.approx(float(right.mean()))
+    assert running.stderr == pytest.approx(float(right.std() / len(right) ** 0.5))
+    bnstats.recompute_population_stats(model, batches(digits.train))
+    with torch.no_grad():
+        right = (model.eval()(images).argmax(1) == labels).double()
+    assert diagnosis.metrics["population"].mean == pytest.approx(float(right.mean()))
+
+
+def test_moving_averages_trained_at_batch_2_are_healthy(digits):
+    layer = bnstats.MovingAverageBatchNorm1d
+    model = multilayer_perceptron(layer, bnstats.CenteredLinear)
+    fit(model, digits, batch=2, steps=150, lr=0.02, momentum=0.02)
+    diagnosis = bnstats.diagnose(model, batches(digits.train, 2)[:200])
+    assert diagnosis.verdict != "batch too small"
+
+
+ARCHITECTURES = [
+    *("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "mnasnet0_5", "efficientnet_b0"),
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_after_a_few_honest_steps_are_not_accused(name):
+    model = torchvision.models.get_model(name, num_classes=10)
+    loader = torch.randn(4, 16, 3, 32, 32).unbind()
+    diagnosis = bnstats.diagnose(honest_steps(model, loader), loader)
+    assert diagnosis.verdict in ("healthy", "cannot tell"), diagnosis
+
+
+def honest_steps(model, loader):
+    """A few steps of training whose running statistics are averages over all of them."""
+    for layer in batchnorms(model):
+        layer.momentum = None
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for x in loader:
+        F.cross_entropy(model.train()(x), torch.arange(len(x)) % 10).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_the_model_is_left_as_it_was(digits):
+    model = fit(convolutional_net(), digits, steps=5)
+    model[3].eval()
+    before = networks.snapshot(model)
+    loader = batches(digits.train)
+    bnstats.diagnose(model, loader, metric=correct, target=batches(digits.test))
+    networks.assert_untouched(model, before)
+
+    def failing(model, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bnstats.diagnose(model, loader, metric=failing)
+    networks.assert_untouched(model, before)
+
+
+def test_wrappers_dicts_and_forwards_are_taken_as_in_the_recalibration():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    loader = [{"x": x} for x in torch.randn(10, 16, 3)]
+    wrapped = torch.optim.swa_utils.AveragedModel(model)
+    diagnosis = bnstats.diagnose(
+        wrapped, loader, forward=lambda model, batch: model(batch["x"]), max_batches=5
+    )
+    assert diagnosis.verdict == "too few updates"
+    assert [*diagnosis.drift] == ["1"]
+
+
+def test_misuse_is_refused_by_name():
+    model, loader = networks.network(), networks.uneven()
+    for error, match, options in [
+        (InvalidTypeError, "metric: expected a callable", {"metric": 3}),
+        (InvalidValueError, "expected: there is no metric", {"expected": 0.9}),
+        (InvalidTypeError, "a number for each sample", {"metric": lambda *_: "good"}),
+        (InvalidValueError, "finite numbers", {"metric": lambda *_: float("nan")}),
+        (InvalidTypeError, "loader: expected an iterable", {"target": torch.zeros(3)}),
+    ]:
+        with pytest.raises(error, match=match):
+            bnstats.diagnose(model, loader, **options)
+    with pytest.raises(InvalidValueError, match="loader: it is read again for the metric"):
+        bnstats.diagnose(model, iter(loader), metric=lambda *_: 1.0)
+    with pytest.raises(InvalidValueError, match="at least one batch"):
+        bnstats.diagnose(model, [])
+    with pytest.raises(InvalidTypeError, match=r"torch\.nn\.Module"):
+        bnstats.diagnose(loader, loader)
+
+
+MODULE = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+def loader():
+    return list(torch.randn(10, 16, 3, generator=torch.Generator().manual_seed(0)))
+
+def metric(model, batch):
+    return -model(batch).square().mean(1)
+"""
+
+
+def test_the_command_prints_verdict_evidence_and_remedy(tmp_path, monkeypatch, capsys):
+    (tmp_path / "case.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "case", raising=False)
+    command = ["diagnose", "case:model", "case:loader"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("verdict: too few updates\n- ")
+    assert "remedy: bnstats.recompute_population_stats(model, loader)" in out
+
+    import case
+
+    model = case.model()
+    bnstats.recompute_population_stats(model, case.loader())
+    torch.save(model.state_dict(), "in.pt")
+    more = ["--checkpoint", "in.pt", "--metric", "case:metric", "--target", "case:loader"]
+    assert main([*command, *more, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("verdict: healthy\n")
+    assert main([*command, "--expected", "1"]) == 2
+    assert "there is no metric" in capsys.readouterr().err
