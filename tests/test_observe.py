@@ -347,3 +347,12 @@ def test_every_family_is_observed_in_training():
         for x in data:
             model(x)
     assert [stats.count for stats in seen.stats().values()] == [40] * len(FAMILIES)
+
+
+def test_padding_does_not_count_under_a_mask():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), bnstats.EMABatchNorm1d(3)).eval()
+    x, valid = torch.randn(4, 2, 6), torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
+    with bnstats.observe(model) as seen, bnstats.masked(model, valid), torch.no_grad():
+        model(x)
+    values = model[0](x).double().movedim(1, -1)[valid]
+    assert_stats_of(seen.stats(), {"1": values})

@@ -178,3 +178,15 @@ def test_adversarial_inputs_are_found_without_a_trace(make, autocast):
     assert not torch.equal(attacked, x)
     for a, b in zip(model.buffers(), before, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_masked_forward_is_held_too(family):
+    layer, x = family.make(1), torch.randn(4, 3, 6)
+    valid = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
+    before = [buffer.clone() for buffer in layer.buffers()]
+    expected = copy.deepcopy(layer)(x, mask=valid)
+    with bnstats.hold_statistics(layer):
+        assert torch.equal(layer(x, mask=valid), expected)
+    for a, b in zip(layer.buffers(), before, strict=True):
+        assert torch.equal(a, b)
