@@ -16,6 +16,7 @@ from bnstats.errors import (
     InvalidValueError,
     NonFiniteStatisticsError,
 )
+from bnstats.recompute.collector import Collector
 from cases import FAMILIES, batches, each_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -356,3 +357,14 @@ def test_padding_does_not_count_under_a_mask():
         model(x)
     values = model[0](x).double().movedim(1, -1)[valid]
     assert_stats_of(seen.stats(), {"1": values})
+
+
+def test_on_a_device_it_waits_for_no_value(monkeypatch):
+    model, data = without_dropout(networks.trained()).eval(), networks.uneven()
+    collector = "bnstats.recompute.collector.Collector"
+    monkeypatch.setattr(f"{collector}.end_batch", Collector.end_batch_unasked)
+    with bnstats.observe(model) as seen:
+        for x in (data[0], torch.full((2, 2, 8, 8), torch.nan), *data[1:]):
+            model(x)
+    with pytest.warns(BnstatsWarning, match="1 of 5 forwards had values that are not finite"):
+        assert_stats_of(seen.stats(), observed_inputs(model, data))

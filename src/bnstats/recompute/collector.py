@@ -41,7 +41,7 @@ class Collector:
     """
 
     def __init__(self, task: Task, layers: Sequence[ObservedLayer]) -> None:
-        self.num_skipped = 0
+        self.num_skipped: int | Tensor = 0
         self._task = task
         self.layers = layers
         self._num_batches = 0
@@ -68,13 +68,10 @@ class Collector:
 
     def end_batch(self) -> None:
         """Merge in what the layers saw of a batch: all of it, or nothing."""
-        unseen = zip(self.layers, self._zeros.split(self._channels), strict=True)
-        moments = [self._moments.get(x, LayerMoments(0, zeros, zeros)) for x, zeros in unseen]
-        flat = torch.cat([x.mean for x in moments] + [x.m2 for x in moments])
+        moments, flat = self._batch()
         # The sum is the cheaper question; that of finite numbers can be infinite.
         if math.isfinite(flat.sum()) or flat.isfinite().all():
-            counts = [x.num_values for x in moments]
-            batch = Moments(self._expand(counts), *flat.view(2, -1))
+            batch = Moments(self._expand([x.num_values for x in moments]), *flat.view(2, -1))
             self._estimator.add(batch, self._samples(moments))
         elif self._task.options.on_nonfinite == "skip":
             self.num_skipped += 1
@@ -82,6 +79,24 @@ class Collector:
             self._raise_nonfinite()
         self._num_batches += 1
         self._moments = {}
+
+    def end_batch_unasked(self) -> None:
+        """Merge it in, or skip it, by tensors alone: the host does not wait for a device."""
+        moments, flat = self._batch()
+        finite = flat.isfinite().all()
+        values = torch.where(finite, flat, 0).view(2, -1)
+        counts = self._expand([x.num_values for x in moments])
+        self._estimator.add(Moments(counts * finite, *values))
+        self.num_skipped = self.num_skipped + ~finite
+        self._num_batches += 1
+        self._moments = {}
+
+    def _batch(self) -> tuple[list[LayerMoments], Tensor]:
+        """Return each layer's moments, and all means and sums of squares end to end."""
+        unseen = zip(self.layers, self._zeros.split(self._channels), strict=True)
+        moments = [self._moments.get(x, LayerMoments(0, zeros, zeros)) for x, zeros in unseen]
+        flat = torch.cat([x.mean for x in moments] + [x.m2 for x in moments])
+        return moments, flat
 
     def estimate(self) -> Estimate:
         """Return what this process alone has collected, as a sample from something larger."""
@@ -104,7 +119,7 @@ class Collector:
 
     def state(self, reader: Reader) -> Tensor:
         """Return all that was collected, and from how many batches, as one vector."""
-        counts = BatchCounts.of(reader, self.num_skipped)
+        counts = BatchCounts.of(reader, int(self.num_skipped))
         return torch.cat([self._zeros.new_tensor(counts), self._estimator.state().flatten()])
 
     def merge_states(self, states: Tensor) -> tuple[BatchCounts, Estimator]:

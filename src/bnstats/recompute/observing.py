@@ -195,7 +195,10 @@ class Observation:
         with self._lock, _outside_of_autograd():
             for layer, seen in moments.items():
                 collector.add(layer, seen)
-            collector.end_batch()
+            if self._task.like.is_cpu:
+                collector.end_batch()
+            else:
+                collector.end_batch_unasked()
             self._num_batches += 1
         moments.clear()
 
