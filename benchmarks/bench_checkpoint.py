@@ -74,7 +74,7 @@ def measure(run: Run) -> list[Row]:
         else:
             photos, model = synthetic_photos(size), _small_classifier()
         found[size] = look(model, photos)
-    (run.folder / "checkpoint_table.md").write_text(table(found))
+    report.write_table(run.folder / "checkpoint_table.md", "checkpoint", table(found))
     return [row for size, checkpoint in found.items() for row in _rows(size, checkpoint)]
 
 
@@ -166,8 +166,8 @@ def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def table(found: dict[int, Checkpoint]) -> str:
-    """Return the README's table."""
+def table(found: dict[int, Checkpoint]) -> list[list[str]]:
+    """Return the lines of the README's table."""
     header = ["pixels", "shift of the mean, median and worst layer", "running statistics"]
     lines = [[*header, "confidence", "other answers", "new head"]]
     for size, checkpoint in found.items():
@@ -178,7 +178,7 @@ def table(found: dict[int, Checkpoint]) -> str:
             changed = f"{answers.changed:.0f} %" if name in REPLACED else ""
             figures = [f"{answers.confidence:.2f}", changed, f"{answers.new_head:.1f} %"]
             lines.append([*first, name, *figures])
-    return "\n".join([*report.table(lines), ""])
+    return lines
 
 
 if __name__ == "__main__":

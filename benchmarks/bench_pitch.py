@@ -146,7 +146,8 @@ def measure(run: Run) -> list[Row]:
             ]
             cells.append(f"{close:.1f} %, {float(off.median()):.0f} cents")
         lines.append(cells)
-    (run.folder / "pitch_table.md").write_text("\n".join([*report.table(lines), ""]))
+    note = f"Frames within {CLOSE:g} cents, and the median error. "
+    report.write_table(run.folder / "pitch_table.md", "pitch", lines, note)
     return rows
 
 

