@@ -2,7 +2,6 @@
 
 import copy
 import datetime
-import os
 import traceback
 from unittest import mock
 
@@ -477,8 +476,6 @@ ON_DEVICES = [
 
 def run(rank, world, folder, backend="gloo", scenarios=None):
     """Run the scenarios in this process, and keep what each said."""
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/store",

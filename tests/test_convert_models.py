@@ -34,6 +34,7 @@ SMALLEST = {"inception_v3": (2, 3, 299, 299), "maxvit_t": (1, 3, 224, 224)}
 
 OPTIONS = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
 
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     # Inputs are tiny: threads gain nothing, and where cores are shared they wait for each other.

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 import bnstats
 import peers
+import processes
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Moments
@@ -19,7 +20,7 @@ ESTIMATORS = {"pooled": Pooled, "batch_average": averaged, "ema": moving_average
 def said(request, tmp_path_factory):
     """What every process said of every scenario; they run once for all tests."""
     folder = tmp_path_factory.mktemp("peers")
-    multiprocessing.spawn(peers.run, (request.param, folder), nprocs=request.param)
+    processes.together(peers.run, request.param, request.param, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

@@ -1,16 +1,14 @@
 """Two processes that train together recalibrate together, with each trainer."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 import bnstats
+import processes
+import trainer_peers
 import trainers
 
 TRAINERS = {"lightning": trainers.lightning_module, "transformers": trainers.Scored}
@@ -20,13 +18,7 @@ TRAINERS = {"lightning": trainers.lightning_module, "transformers": trainers.Sco
 def folder(tmp_path_factory):
     """Where two processes left what they trained; they run once for all tests."""
     folder = tmp_path_factory.mktemp("peers")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(Path(__file__).parent / "trainer_peers.py")]
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, check=False, timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    processes.together(trainer_peers.run, 2, folder)
     return folder
 
 

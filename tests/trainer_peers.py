@@ -1,9 +1,7 @@
-"""What each of several processes does; test_integrations_peers.py starts it by torchrun."""
+"""What each of several processes does; test_integrations_peers.py asks them."""
 
 import importlib.util
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -39,15 +37,14 @@ def transformers(folder):
     return trainer.model, callback
 
 
-if __name__ == "__main__":
+def run(rank, folder):
+    """Train with every trainer that is there, and keep what this process ends with."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for run in (lightning, transformers):
-        if importlib.util.find_spec(run.__name__) is None:
+    for train in (lightning, transformers):
+        if importlib.util.find_spec(train.__name__) is None:
             continue
-        model, callback = run(folder)
+        model, callback = train(folder)
         said = {"state": model.state_dict(), "count": callback.result.after["net.1"].count}
-        torch.save(said, folder / f"{run.__name__}-{dist.get_rank()}.pt")
+        torch.save(said, folder / f"{train.__name__}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
