@@ -164,8 +164,8 @@ def test_a_folder_that_is_not_there_is_said_before_training(tmp_path, capsys):
     [
         (["--epochs", "0"], "--epochs: expected 1 or more, got 0"),
         (["--seed", str(10**30)], "--seed: expected 0 to"),
-        (["--output", "figure.xyz"], "--output: expected a figure's file name"),
-        (["--output", "figure"], "--output: expected a figure's file name"),
+        (["--output", "figure.xyz"], "--output: expected the file name of a figure"),
+        (["--output", "figure"], "--output: expected the file name of a figure"),
     ],
 )
 def test_what_the_demo_cannot_do_is_said_before_training(arguments, says, capsys):

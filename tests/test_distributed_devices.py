@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 import peers
 import peers_on_devices
+import processes
 
 BACKENDS = {"substitute": "gloo", "cuda": "nccl"}
 
@@ -20,7 +20,7 @@ def said(request, tmp_path_factory):
     elif torch.cuda.device_count() < 2 or not dist.is_nccl_available():
         pytest.skip("needs two CUDA devices and nccl")
     folder = tmp_path_factory.mktemp("peers")
-    multiprocessing.spawn(peers_on_devices.run, (2, folder, kind, backend), nprocs=2)
+    processes.together(peers_on_devices.run, 2, 2, folder, kind, backend)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -32,7 +32,7 @@ def test_too_few_values_for_a_variance_are_an_error_that_names_the_layer():
         ({"loader": torch.randn(4, 3)}, InvalidTypeError, r"got Tensor.*\[batch\]"),
         ({"loader": {"x": torch.randn(4, 3)}}, InvalidTypeError, "got dict"),
         ({"loader": []}, InvalidValueError, "expected at least one batch, got none"),
-        ({"loader": iter(())}, InvalidValueError, "an iterator that was read before"),
+        ({"loader": iter(())}, InvalidValueError, "an iterator can be read only once"),
         ({"loader": [[]]}, InvalidValueError, "empty sequence"),
         ({"loader": [object()]}, InvalidTypeError, "got object; pass forward="),
         ({"method": "mean"}, InvalidValueError, "expected one of pooled.*got 'mean'"),

@@ -161,7 +161,7 @@ def test_what_never_comes_to_rest_is_a_warning_that_names_the_layers():
         def __iter__(self):
             return iter(torch.randn(2, 8, 3))
 
-    with pytest.warns(BnstatsWarning, match=r"still moved by .*'shared', 'between'"):
+    with pytest.warns(BnstatsWarning, match=r"still changed by .*'shared', 'between'"):
         measure(Shared(), Anew())
 
 

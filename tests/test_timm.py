@@ -81,9 +81,8 @@ def test_every_architecture_converts_and_comes_back_to_its_classes(name):
     before, keys = classes(model), [*model.state_dict()]
     activated = sum(type(layer) is BatchNormAct2d for layer in batchnorms(model))
     assert activated
-    # timm's convolutions with padding of their own ("same") cannot be centered.
-    for to, options in (("ema", {}), ("moving_average", {"center": False})):
-        bnstats.convert_batchnorm(model, to, **options)
+    for to in ("ema", "moving_average"):
+        bnstats.convert_batchnorm(model, to)
         converted = [layer for layer in batchnorms(model) if isinstance(layer, PARTS[to])]
         assert len(converted) == len(batchnorms(model))
         assert sum(isinstance(layer, BatchNormAct2d) for layer in converted) == activated

@@ -1,4 +1,4 @@
-"""What bnstats raises and warns with: every error is also the builtin that fits it."""
+"""The errors and the warning of bnstats: every error is also the builtin that fits it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from types import FrameType
 from torch import __file__ as _torch_file
 
 _OWN = tuple(os.path.dirname(file) + os.sep for file in (__file__, _torch_file))
-"""Whose frames no warning points to: ours, and torch's where it calls us."""
+"""Files that no warning points to: this package's, and torch's where it calls it."""
 
 
 class BnstatsError(Exception):
-    """Base of everything that bnstats raises on its own account."""
+    """Base of all errors that bnstats raises itself."""
 
 
 class InvalidValueError(BnstatsError, ValueError):
-    """An argument or a batch has the right type and a value that cannot be used."""
+    """An argument or a batch has the right type, but an invalid value."""
 
 
 class InvalidTypeError(BnstatsError, TypeError):
-    """An argument or a batch is of a type that cannot be used."""
+    """An argument or a batch has an invalid type."""
 
 
 class NonFiniteStatisticsError(BnstatsError, ArithmeticError):
@@ -31,7 +31,7 @@ class NonFiniteStatisticsError(BnstatsError, ArithmeticError):
 
 
 class TooFewValuesError(BnstatsError, ValueError):
-    """There are fewer values than the statistic asked for needs."""
+    """There are fewer values than the statistic needs."""
 
 
 class LayerMismatchError(BnstatsError, ValueError):
@@ -47,22 +47,22 @@ class MemoryLimitError(BnstatsError, MemoryError):
 
 
 class PeerError(BnstatsError, RuntimeError):
-    """Another process of the group failed, and so this one gives up too."""
+    """Another process of the group failed, so this one stops too."""
 
 
 class UnknownLayerError(InvalidValueError, KeyError):
     """There is no layer of this name.
 
     Args:
-        name: what was asked for.
-        names: what there is.
+        name: the name that was requested.
+        names: the names that exist.
     """
 
     def __init__(self, name: object, names: Iterable[str]) -> None:
         super().__init__(name, tuple(names))
 
     def __str__(self) -> str:
-        """Return a message with the nearest name; a mapping's ``get`` does not wait for it."""
+        """Return a message with the nearest name; computed only when it is shown."""
         name, names = self.args
         if not names:
             return f"there is no BatchNorm layer {name!r}, nor any other"
@@ -74,7 +74,7 @@ class StatsFileError(BnstatsError, ValueError):
 
 
 class BnstatsWarning(UserWarning):
-    """Something that was done as asked, and that is seldom what was wanted."""
+    """bnstats did what was requested, which is rarely what was wanted."""
 
 
 def nearest(name: object, names: Iterable[str]) -> str:

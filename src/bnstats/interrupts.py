@@ -1,4 +1,4 @@
-"""Signals that wait while a model is not as it was."""
+"""Delaying signals until a model is restored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Interrupts:
     at once only inside of :meth:`call`, else at the next :meth:`check`, or when the context
     ends and everything is restored.
 
-    In other threads than the main one it does nothing, as there is nothing to do.
+    In threads other than the main one it does nothing: handlers run in the main thread.
 
     Attributes:
         pending: signals whose handlers have yet to run, as (number, frame).
@@ -81,7 +81,7 @@ class Interrupts:
             try:
                 self._handlers[number](number, frame)
             finally:
-                self.check()  # all of them run, also when one raises
+                self.check()  # all run, even if one raises
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._deferring:
@@ -91,6 +91,6 @@ class Interrupts:
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
-            # Unless the caller's code has set another one meanwhile.
+            # Unless the caller's code has set another one in the meantime.
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The one place for torch's private names, each with the reason why no public one serves."""
+"""All uses of torch's private names, each with the reason why no public one serves."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _NOTHING = nullcontext()
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether Python may read a tensor's values at no cost: on CPU, and nothing looks on."""
+    """Whether Python may read a tensor's values at no cost: on CPU, no mode or transform active."""
     return (
         type(tensor) is Tensor
         and tensor.is_cpu

@@ -194,7 +194,7 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def cancels(squares: Tensor, m2: Tensor) -> Tensor:
-    """Say of each channel whether its sums cancel too much."""
+    """Return which channels lose too many digits by cancellation."""
     # Not the other way round: what is not finite may be so here only.
     excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
     return (excess <= 0).logical_not_()

@@ -1,4 +1,4 @@
-"""Finding BatchNorm layers in a model, by the names that its user knows them by."""
+"""Finding BatchNorm layers in a model, under the names that its user knows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Include: TypeAlias = Callable[[str, nn.Module], bool]
 
 
 class ByLayer(dict[str, T]):
-    """A dict by layer name, which answers a name that is not there with the nearest."""
+    """A dict by layer name; the error for a missing name suggests the nearest."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise UnknownLayerError(name, self)
@@ -37,7 +37,7 @@ class ByLayer(dict[str, T]):
 _SHARDED = "_fsdp_wrapped_module"
 
 # torch's wrappers whose classes would be slow to import: torch.compile, FullyShardedDataParallel,
-# activation checkpointing. Each names the key so that nobody else does.
+# activation checkpointing. Each uses a key that no other class uses.
 _OWN_KEYS = ("_orig_mod", _SHARDED, "_checkpoint_wrapped_module")
 
 # Averages of a model's weights, by package and class: bnstats depends on neither package.
@@ -108,7 +108,7 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
 
     By default those are the instances of torch's BatchNorm. ``include`` is also asked for
     modules of other classes that keep the same statistics, torchvision's FrozenBatchNorm2d for
-    one; they are typed as what they stand for.
+    example; they are typed as BatchNorm.
 
     Raises:
         InvalidTypeError: model is not a Module, or a layer is lazy and not yet materialized.
@@ -125,7 +125,7 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    """Whether a module normalizes in evaluation as BatchNorm does, whatever its class."""
+    """Whether a module of any class normalizes in evaluation as BatchNorm does."""
     # InstanceNorm averages variances within instances; TorchScript runs no hooks.
     if isinstance(module, (_InstanceNorm, torch.jit.ScriptModule)):
         return False
@@ -141,7 +141,7 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 def num_features(layer: nn.Module) -> int:
     """Return the number of channels of a layer with running statistics."""
-    # FrozenBatchNorm2d does not keep it as an attribute.
+    # FrozenBatchNorm2d has no such attribute.
     return cast(Tensor, layer.running_mean).numel()
 
 
@@ -158,7 +158,7 @@ def no_batchnorm(model: nn.Module, include: Include | None) -> str:
 
 
 def _instead(module: nn.Module) -> str | None:
-    """Return what a module is that could be taken for a BatchNorm with running statistics."""
+    """Describe a module that a user may take for a BatchNorm with running statistics."""
     name = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         name = getattr(module, "original_name", name)
@@ -173,7 +173,7 @@ def _instead(module: nn.Module) -> str | None:
 
 
 def first_names(names: Collection[str]) -> str:
-    """Return the first few names, to be read by a user."""
+    """Return the first few names, for a message."""
     shown = ", ".join(repr(name) for name in islice(names, 3))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 

@@ -9,7 +9,7 @@ the variance Q v, which a variance about it lacks. The unbiased recursion, poole
     var  <- [ (1 - a) (1 - Q) var + a (n - 1)/n s + a (1 - a) d^2 ] / (1 - Q')
 
 for the batch's unbiased variance s. For values of one distribution its expectation is their
-variance, whatever the sizes of the batches and however few there are. A policy is an a and a Q.
+variance, for batches of any size and number. A policy is an a and a Q.
 In terms of :class:`~bnstats.moments.Weights` the second line reads, with ``u = (n - 1)/n``::
 
     size = 1 / a;  divisor = (1 - Q') / (a u);  fade = (1 + (1 - a) Q - a / n) / u;  between = 1 / u

@@ -7,7 +7,7 @@ from bnstats.moments import Number, Weights
 
 
 def per_batch(num_batches: Number, batch_values: Number = 0, *, pooled: bool = False) -> Weights:
-    """Weigh a batch by 1 / t, whatever its size; t counts it and the ``num_batches`` before it.
+    """Weigh a batch of any size by 1 / t; t counts it and the ``num_batches`` before it.
 
     With ``pooled=False`` it is Algorithm 2 of Ioffe and Szegedy (2015): the average of the
     batches' means and of their unbiased variances. Pooled, n of this batch stands for the sizes

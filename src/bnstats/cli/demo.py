@@ -81,14 +81,14 @@ def run(options: argparse.Namespace) -> None:
     with _one_thread():
         looks = _first_act(digits, options)
         trainings = _second_act(digits, options)
-    _tell_first(looks, digits)
-    _tell_second(trainings, digits)
+    _print_first(looks, digits)
+    _print_second(trainings, digits)
     figure_of(looks, trainings).savefig(options.output, dpi=150)
     print(f"\nfigure saved to {options.output}")
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Say what is wrong before a training has been waited for."""
+    """Refuse bad options before the training starts."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     if options.epochs is not None and options.epochs < 1:
@@ -100,7 +100,7 @@ def _check(options: argparse.Namespace) -> None:
     suffix = options.output.suffix.removeprefix(".")
     if suffix not in FigureCanvasBase.filetypes:
         raise InvalidValueError(
-            f"--output: expected a figure's file name, .png or .pdf say, got {options.output}"
+            f"--output: expected the file name of a figure (.png, .pdf), got {options.output}"
         )
 
 
@@ -117,7 +117,7 @@ def _one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Look:
-    """What a look at a model after an epoch found.
+    """Measurements of a model after an epoch.
 
     ``running`` and ``population`` are (loss, error) on the held-out digits, with the running
     averages that training left and with the population statistics of the training digits.
@@ -149,7 +149,7 @@ def _first_act(digits: Digits, options: argparse.Namespace) -> list[Look]:
         running = evaluate(model, digits.test)
         result = recompute_population_stats(model, DataLoader(digits.train, 32))
         population = evaluate(model, digits.test)
-        result.undo()  # training goes on as if nobody had looked
+        result.undo()  # the measurement does not affect the training
         looks.append(Look(epoch, running, population, result))
 
     train(
@@ -191,7 +191,7 @@ def _second_act(digits: Digits, options: argparse.Namespace) -> list[Training]:
     return trainings
 
 
-def _tell_first(looks: list[Look], digits: Digits) -> None:
+def _print_first(looks: list[Look], digits: Digits) -> None:
     first, last = looks[0], looks[-1]
     print(
         f"\n1. How far are the running averages from the population statistics of the "
@@ -209,7 +209,7 @@ def _tell_first(looks: list[Look], digits: Digits) -> None:
         )
 
 
-def _tell_second(trainings: list[Training], digits: Digits) -> None:
+def _print_second(trainings: list[Training], digits: Digits) -> None:
     print(
         f"\n2. What does the batch that normalizes do? A perceptron of five layers, every\n"
         f"gradient from 32 digits; error on {len(digits.test)} held-out digits after the last "

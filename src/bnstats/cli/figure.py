@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Style: TypeAlias = dict[str, Any]
 
-# Told apart in grey too: by lightness, markers and line styles.
+# Distinct in grey too: by lightness, markers and line styles.
 _RUNNING: Style = {"color": "#b2182b", "marker": "o"}
 _POPULATION: Style = {"color": "#67a9cf", "marker": "s"}
 _TRAININGS: list[Style] = [

@@ -1,4 +1,4 @@
-"""The layers before a moving-average batch norm: which are to be centered, and the way back."""
+"""The layers before a moving-average batch norm: which to center, and the way back."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def plan_folding(model: nn.Module) -> list[Recentering]:
 
 
 def _check_untied(model: nn.Module, layers: dict[nn.Module, str]) -> None:
-    """Refuse a weight that a layer outside uses too, as it is."""
+    """Refuse a weight that a layer that is not centered uses too."""
     owners = {id(module._parameters.get("weight")): module for module in layers}
     for name, module in named_layers(model):
         for parameter in module._parameters.values():
@@ -128,13 +128,13 @@ def _traced_pairs(
             )
 
     try:
-        # The model's own code runs, on symbols: it may warn, draw random numbers, and keep what
-        # it sees. It does so on a copy, which shares the parameters alone.
+        # The model's own code runs on symbols: it may warn, draw random numbers, and store them.
+        # So it runs on a copy, which shares only the parameters.
         shared = {id(parameter): parameter for parameter in model.parameters()}
         with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
             warnings.simplefilter("ignore")
             graph = Tracer().trace(copy.deepcopy(model, shared))
-    except Exception:  # whatever the model's code does when a symbol comes by
+    except Exception:  # the model's code may raise anything on a symbol
         return list(_sequential_pairs(model))
     return [
         (model.get_submodule(source.target), model.get_submodule(node.target))

@@ -1,4 +1,4 @@
-"""What changes in a layer when its class does."""
+"""What else changes in a layer when its class changes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Change:
     Attributes:
         module: the layer.
         cls: what its class becomes.
-        donor: a new layer of that family; the layer gets from it what it has not.
-        options: names of the attributes that it gets in any case.
+        donor: a new layer of that family; the layer gets the attributes that it lacks from it.
+        options: names of the attributes that it always takes from the donor.
     """
 
     module: nn.Module
@@ -73,10 +73,10 @@ class Change:
 
 
 def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Change:
-    """Check that a layer can become one of the family ``to``, and say how.
+    """Check that a layer can become one of the family ``to``, and plan its change.
 
     Raises:
-        BnstatsError: it cannot; the message has the layer's name.
+        BnstatsError: it cannot; the message names the layer.
     """
     where = f"layer '{name}' ({type(module).__name__})"
     cls = target_class(where, module, to)
@@ -85,7 +85,7 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
         check_writable(where, mean)
     arguments: dict[str, Any] = {
         "eps": module.eps,
-        # Its parameters the layer has; those of affine=False are none.
+        # The layer keeps its own parameters: the donor needs none.
         "affine": False,
         "track_running_stats": mean is not None,
         "device": None if mean is None else mean.device,
@@ -99,7 +99,7 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     try:
         if to != PLAIN:
             check_momentum(known.__name__, momentum)
-        # Not by the constructor: an unusual one was warned of once, or is the layer's own.
+        # The constructor would warn of an unusual value, for every layer again.
         donor = known(module.num_features, **{**arguments, **options, "momentum": None})
         donor.momentum = momentum  # type: ignore[assignment]
     except BnstatsError as error:
@@ -140,7 +140,7 @@ def check_options(to: str, options: dict[str, Any]) -> None:
 
 @cache
 def own_options(family: str) -> frozenset[str]:
-    """Name the keyword-only arguments of a family's class that torch's have not."""
+    """Return the keyword-only arguments of a family's class that torch's classes lack."""
     own, plain = FAMILIES[family][0], nn.BatchNorm1d
     return frozenset(_keyword_only(own) - _keyword_only(plain))
 
@@ -152,7 +152,7 @@ def _keyword_only(cls: type) -> set[str]:
 
 @cache
 def _additions(family: str | None) -> frozenset[str]:
-    """Name the attributes and buffers that a family's layers have beyond torch's."""
+    """Return the attributes and buffers that a family adds to torch's layers."""
     if family is None or family == PLAIN:
         return frozenset({"process_group"})  # SyncBatchNorm's, which sync stands for elsewhere
     layer, plain = FAMILIES[family][0](1), nn.BatchNorm1d(1)

@@ -75,9 +75,9 @@ _ADAPTERS = {
 }
 
 _CAME_FROM = "plain_class"
-"""The attribute in which a layer keeps the class of torch's kind that it had, for the way back."""
+"""The attribute in which a converted layer keeps its plain class, for the way back."""
 
-# What a class holds without behaving differently for it.
+# Attributes of a class that do not change its behavior.
 _INERT = {
     *("__init__", "__init_subclass__", "__annotate__", "__annotate_func__", "__bnstats_class__"),
     *("__doc__", "__dict__", "__weakref__", "__repr__", "extra_repr"),
@@ -112,7 +112,7 @@ def with_parametrizations(cls: type[nn.Module], module: nn.Module) -> type[nn.Mo
 
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make a layer one of another class; it remembers a subclass of torch's that it was of."""
+    """Change the class of a layer, and keep a plain subclass that it had for the way back."""
     before = written_class(module)
     remembered = vars(module).pop(_CAME_FROM, None)
     if known_class(before) is not before and family_of(module) == PLAIN:
@@ -149,7 +149,7 @@ def target_class(where: str, module: nn.Module, to: str) -> type[nn.Module]:
         raise InvalidTypeError(
             f"{where}: expected a class of torch's or of bnstats, got a subclass with {own}: "
             f"leave it out with include{', center nothing with center=False' * to_center}, or let "
-            f"its class say what it becomes for {to!r} by a method __bnstats_class__ (see "
+            f"its class declare what it becomes for {to!r} by a method __bnstats_class__ (see "
             "convert_batchnorm)"
         )
     return _check_layout(where, cls, FAMILIES[to][_COLUMNS[known]])
@@ -174,7 +174,7 @@ def _check_layout(where: str, cls: type[nn.Module], target: type[nn.Module]) -> 
 
 
 def _said_class(where: str, cls: type[nn.Module], to: str) -> type[nn.Module] | None:
-    """Ask the class of a layer, or the adapter of its package, what it becomes."""
+    """Return what the class of a layer, or the adapter for its package, declares it becomes."""
     says = getattr(cls, "__bnstats_class__", None) or _adapter(cls)
     said: type[nn.Module] | None = None if says is None else says(to)
     if said is None:
@@ -198,11 +198,11 @@ def _adapter(cls: type[nn.Module]) -> Callable[[str], type[nn.Module] | None] | 
 
 
 def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> list[str]:
-    """Name the methods of a known class that a layer's own class replaces.
+    """Return the methods of a known class that a layer's own class replaces.
 
     ``forward`` is one, ``_conv_forward``, the methods behind state dicts, ``train``, a property
     ``weight``: without them the layer would compute or save something else. A method under a
-    name of its own, a helper of the constructor for example, is called by none of torch's.
+    new name, for example a helper of the constructor, is not called by torch's methods.
     """
     names = ["forward"] if "forward" in vars(module) else []
     # A property may also stand for a parameter, a buffer or an option that an instance has.

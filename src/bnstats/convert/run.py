@@ -138,7 +138,7 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
         out and activate as theirs do (:mod:`bnstats.integrations.timm`). On the way back every
         layer becomes one of the class that it came from.
 
-        The author of a subclass can say what it becomes: a class method
+        A subclass can declare what it becomes: a class method
         ``__bnstats_class__(to)`` returns the class for the family ``to``, or for ``"plain"`` on
         the way back, or None for none. The class returned derives from the family's
         (from torch's for ``"plain"``). Its constructor is not called: the layer keeps its
@@ -182,10 +182,11 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
 def revert_batchnorm(model: M) -> M:
     """Make this package's layers plain ``nn.BatchNorm1d/2d/3d`` again, in place.
 
-    The way back from :func:`convert_batchnorm`, and the way out for layers that a model was
-    built with: what knows only torch's own classes (export, TorchScript, quantization, fusion)
-    takes the model then. All that conversion keeps is kept, and the model evaluates to the same
-    bits. Centered layers become plain ones, their weights centered in place.
+    The way back from :func:`convert_batchnorm`; it also works on models that were built with
+    these layers. Afterwards the tools that know only torch's own classes (export, TorchScript,
+    quantization, fusion) accept the model. All that conversion keeps is kept, and the model
+    evaluates to the same bits. Centered layers become plain ones, their weights centered in
+    place.
 
     A family's base class becomes ``SyncBatchNorm``, torch's only one for any dimension, of the
     same process group. A synchronized ``...2d`` layer becomes ``nn.BatchNorm2d``, which is not.
@@ -200,7 +201,7 @@ def revert_batchnorm(model: M) -> M:
 
     Raises:
         InvalidTypeError: not a Module; a layer whose class replaces methods of torch's and does not
-            say what it becomes. The message has the layer's name; the model is as before.
+            declare what it becomes. The message names the layer; the model is unchanged.
         InvalidValueError: a centered layer whose weight is computed (a parametrization, weight
             norm, pruning), or is also that of a layer that is not centered.
 
@@ -251,7 +252,7 @@ def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _
 def _warn(
     model: nn.Module, layers: dict[str, _BatchNorm], to: str, include: Include | None
 ) -> None:
-    """Warn of what is seldom wanted, before anything changes."""
+    """Warn of consequences that are rarely wanted, before anything changes."""
     if not layers:
         chosen = "" if include is None else " that include chooses"
         warn(f"{type(model).__name__} has no BatchNorm layer{chosen}: nothing to convert")

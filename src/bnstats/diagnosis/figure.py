@@ -11,7 +11,7 @@ class NotebookFigure(Figure):
     """A figure that displays as the last expression of a cell.
 
     IPython displays matplotlib's own figures only once pyplot is set up, which keeps every
-    figure that it makes. This one brings its own picture, and belongs to nobody but its caller.
+    figure that it makes. This one renders itself, and is kept by its caller only.
     """
 
     def _repr_png_(self) -> bytes:

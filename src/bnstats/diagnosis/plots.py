@@ -1,4 +1,4 @@
-"""Figures of what was recorded and recomputed; matplotlib is asked for when one is drawn."""
+"""Figures of what was recorded and recomputed; matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def plot_batch_stats(
 ) -> Figure:
     """Draw the four batch statistics of a layer against the iteration: Figure 2 of MABN's paper.
 
-    Each panel shows the l2 norm over the channels. A statistic that jumps from batch to batch
-    is noise that training normalizes with.
+    Each panel shows the l2 norm over the channels. A statistic that changes a lot from batch
+    to batch is noise in the normalization.
 
     Args:
         records: one record, or several by label, side by side: batch 2 against batch 32.

@@ -1,4 +1,4 @@
-"""Recording the four batch statistics of BatchNorm layers, per training iteration."""
+"""Recording the four batch statistics of BatchNorm layers in every training iteration."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from bnstats.traversal import check_materialized, named_layers
 class Normalization(NamedTuple):
     """What a training forward normalized with: ``y = ratio (x - mean) / sqrt(var + eps)``.
 
-    A layer that does not normalize by the batch's own mean and variance says what it uses by a
-    method ``last_normalization()`` that returns these three, each of shape (C,).
+    A layer that does not normalize by the batch's own mean and variance has a method
+    ``last_normalization()`` that returns these three, each of shape (C,).
     """
 
     mean: Tensor
@@ -137,28 +137,28 @@ def record_batch_stats(
     """Record what batch normalization does in training: mean, variance, g and Psi of each batch.
 
     Four statistics of a batch take part in batch normalization: its mean and variance in the
-    forward, ``g = E[dL/dy]`` and ``Psi = E[y dL/dy]`` in the backward. How much they jump from
-    batch to batch is what small batches do harm by: this is the tool behind Figure 2 of the
-    MABN paper. Under a mask they are those of the valid positions. Every training forward of a
-    layer is an iteration. Under activation
-    checkpointing a forward counts once.
+    forward, ``g = E[dL/dy]`` and ``Psi = E[y dL/dy]`` in the backward. Their changes from
+    batch to batch are the noise that makes small batches harmful: this is the tool behind
+    Figure 2 of the MABN paper. Under a mask they are those of the valid positions. Every
+    training forward of a layer is an iteration. Under activation checkpointing a forward counts
+    once.
 
     It keeps 4 float64 numbers per channel and iteration on the layer's device, and each layer's
     input until its backward. In time it costs one more pass over the input in the forward and
     two in the backward; benchmarks/results/cpu/diagnose.md has it for a ResNet-18.
 
     Args:
-        model: any Module; wrappers are seen through. Parts under torch.compile must have been
-            entered first, compiled code does not notice new hooks.
+        model: any Module; wrappers are seen through. Open the context before the first call of
+            a compiled part: compiled code does not notice new hooks.
         layers: names of BatchNorm layers; by default all, with running statistics or without.
 
     Yields:
         A mapping from layer name to its record, filled while the context is open. The hooks are
-        gone when it closes, whatever happened.
+        removed when it closes, also after an error.
 
     Raises:
         InvalidValueError: no BatchNorm layers, or ``layers`` empty.
-        UnknownLayerError: no BatchNorm layer of a name asked for; the nearest is said.
+        UnknownLayerError: no BatchNorm layer of that name; the message suggests the nearest.
         InvalidTypeError: not a Module, a lazy layer, or ``layers`` a single string.
 
     Example:
@@ -216,7 +216,7 @@ def _observe(
     kwargs: dict[str, Any],
     output: Tensor,
 ) -> None:
-    """Take a forward's statistics, and ask for its gradient's."""
+    """Record a forward's statistics, and register a hook for its gradient's."""
     x: Tensor = args[0] if args else kwargs["input"]
     if not layer.training or x.numel() == 0:
         return
@@ -226,7 +226,7 @@ def _observe(
         row = _Iteration(_normalization(layer, x, valid))
         record.iterations.append(row)
         if not output.requires_grad:
-            # A checkpointed forward, whose gradient comes to the one that runs again.
+            # A checkpointed forward: its gradient arrives at the forward that runs again.
             record.awaiting.append((mean_and_m2(x.detach())[0], row))
             return
     elif output.requires_grad and record.awaiting:
@@ -246,9 +246,9 @@ def _pop_same(awaiting: list[tuple[Tensor, _Iteration]], mean: Tensor) -> _Itera
 
 
 def _normalization(layer: _BatchNorm, x: Tensor, valid: Tensor | None) -> Normalization:
-    says = getattr(layer, "last_normalization", None)
-    if says is not None:
-        return Normalization(*says())
+    last = getattr(layer, "last_normalization", None)
+    if last is not None:
+        return Normalization(*last())
     if valid is None:
         mean, m2 = mean_and_m2(x.detach())
         return Normalization(mean, m2 / (x.numel() // x.shape[1]), torch.ones_like(mean))

@@ -58,14 +58,14 @@ def estimate_running_error(
         (2 - a) / a  *  (1 - (1 - a)^t) / (1 + (1 - a)^t)
 
     and tends to ``(2 - a) / a``: 19 batches for momentum 0.1, however long it runs. Its standard
-    error is that of one batch over the root of this number. The error that is really there, by
-    weights that move as well, is ``stats.drift_from(model)``.
+    error is that of one batch over the root of this number. The actual error, to which weights
+    that still move contribute, is ``stats.drift_from(model)``.
 
     Args:
         stats: measured over at least two batches of the size that training uses; best by
             ``method="batch_average"``, whose variances are those that ``nn.BatchNorm`` averages.
         momentum: weight of the new batch, in (0, 1].
-        num_batches: t; by default without end. ``nn.BatchNorm`` is not debiased: its initial
+        num_batches: t; by default infinite. ``nn.BatchNorm`` is not debiased: its initial
             value still weighs ``(1 - momentum)^t``.
 
     Returns:
@@ -73,7 +73,7 @@ def estimate_running_error(
 
     Raises:
         InvalidValueError: momentum outside (0, 1], num_batches below 1, or stats of a moving
-            average, which tell nothing of a single batch's spread.
+            average, which do not determine the spread of single batches.
         InvalidTypeError: not PopulationStats.
 
     Example:

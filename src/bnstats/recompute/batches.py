@@ -26,7 +26,7 @@ Forward = Callable[[nn.Module, Any], Any]
 class Reader:
     """Gives out a loader's batches on a device, and keeps count.
 
-    Nothing is asked of the loader before the first batch is.
+    The loader is not touched before the first batch is read.
 
     Args:
         loader: an iterable of batches.
@@ -60,7 +60,7 @@ class Reader:
 
     @cached_property
     def length(self) -> int | None:
-        """How many batches the loader says it has; None where it does not say."""
+        """The length of the loader; None where it has none."""
         try:
             return len(self._loader)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
@@ -78,7 +78,7 @@ class Reader:
             yield batch
 
     def close(self) -> None:
-        """Stop reading, and take the progress bar away."""
+        """Stop reading, and close the progress bar."""
         self._batches.close()
 
     def _iterate(self) -> Generator[Any, None, None]:
@@ -98,7 +98,7 @@ class BatchCounts(NamedTuple):
     Attributes:
         num_read: batches read.
         num_skipped: of these, left out because their statistics were not finite.
-        length: batches that there are; NaN where a loader does not say.
+        length: number of batches in all; NaN where a loader has no length.
         num_exhausted: processes that have no more.
     """
 
@@ -115,10 +115,10 @@ class BatchCounts(NamedTuple):
 
     @property
     def fraction(self) -> float:
-        """Which part of a finite population was sampled; 0 where that is not known.
+        """The share of a finite population that was sampled; 0 where that is not known.
 
-        All of it is no sample: what standard errors still speak of then is whatever the
-        population itself was drawn from.
+        A loader that was read whole is not a sample of itself: standard errors then refer to
+        the distribution that its data were drawn from.
         """
         return self.num_read / self.length if self.num_read < self.length else 0
 
@@ -136,7 +136,7 @@ def move_to(batch: Any, device: torch.device | str | None) -> Any:
     if device is None:
         return batch
     if isinstance(batch, Tensor):
-        # The other way round the host would read what has not arrived yet.
+        # From a device to the host it would not be safe: the host could read too early.
         return batch.to(device, non_blocking=batch.device.type == "cpu")
     if isinstance(batch, Mapping):
         return {key: move_to(value, device) for key, value in batch.items()}

@@ -22,7 +22,7 @@ from bnstats.recompute.spread import STATE_ROWS
 from bnstats.recompute.task import Task
 
 FIRST_CHECK = 8
-"""Batches before the errors are first checked: the spread of fewer says little of them."""
+"""Batches before the first check of the errors: fewer do not estimate a spread."""
 
 
 class Collector:
@@ -138,7 +138,7 @@ class Collector:
         return self._task.new_estimator(corrections, self._zeros.to(device))
 
     def _expand(self, numbers: list[int]) -> Tensor:
-        """Return one number per layer as one per channel; the last answer is kept."""
+        """Repeat one number per layer for its channels; the last result is cached."""
         if self._expanded[0] != numbers:
             values = torch.tensor(numbers, dtype=self._zeros.dtype, device="cpu")
             values = values.repeat_interleave(torch.tensor(self._channels, device="cpu"))
@@ -150,7 +150,7 @@ class Collector:
         raise NonFiniteStatisticsError(
             f"batch {self._num_batches} (counted from 0) has non-finite statistics in "
             f"{len(names)} layers, the first '{names[0]}', all: {', '.join(map(repr, names))}; "
-            'mend the data or pass on_nonfinite="skip"; the model is as it was'
+            'repair the data or pass on_nonfinite="skip"; the model is as it was'
         )
 
 
@@ -200,7 +200,8 @@ def collect(
 def batches_before_checks(tolerance: float | None) -> Iterator[float]:
     """Yield after how many batches to check the errors: every 4th, then an eighth part more.
 
-    A check costs as much as merging in some ten batches' moments; so seldom, it is not felt.
+    A check costs as much as merging the moments of some ten batches, which is negligible at
+    this frequency.
     """
     if tolerance is not None:
         num_batches = FIRST_CHECK
@@ -222,7 +223,7 @@ def within_tolerance(
     Args:
         estimate: of the layers, their channels laid end to end.
         layers: the layers.
-        tolerance: the largest standard error that will do; with None none will.
+        tolerance: the largest standard error that is accepted; None accepts none.
     """
     if tolerance is None:
         return False

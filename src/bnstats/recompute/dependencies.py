@@ -60,10 +60,10 @@ class DependencySurvey:
         sources = self._flow.sources(input)
         self._depends[self._position[layer], [self._position[s] for s in sources]] = 1
         self._calls_in_forward[layer] += 1
-        self._flow.paused = True  # the host reads what the moments are, the model does not
+        self._flow.paused = True  # the host reads the moments, the model does not
         self._collector.on_input(layer, input)
         self._flow.paused = False
-        # Its output depends on what it normalizes with, and so on what that was taken from.
+        # Its output depends on the statistics it normalizes with, hence on their sources.
         for statistic in (layer.running_mean, layer.running_var):
             self._flow.mark(statistic, sources | {layer})
 
@@ -72,7 +72,7 @@ class DependencySurvey:
         table = torch.cat([self._depends, self._calls[:, None]], dim=1).to(self._task.like)
         with self._task.peers.exchange(table) as exchange:
             exchange.send(table)
-        # Over all processes: a batch elsewhere may have gone another way.
+        # Over all processes: a batch of another process may have taken another path.
         table = exchange.results.amax(0).cpu()
         depends, calls = table[:, :-1] > 0, table[:, -1]
         for through in range(len(depends)):

@@ -17,8 +17,8 @@ from bnstats.traversal import ByLayer
 class Drift(NamedTuple):
     """How far a layer's running statistics are from the population's; each of shape (C,).
 
-    Measured in what evaluation divides by, the root of ``var + eps``, so that a channel counts
-    by what it does to the layer's output, and one without variance (a dead one) is finite::
+    In units of what evaluation divides by, ``sqrt(var + eps)``: a channel counts by its effect
+    on the layer's output, and one without variance (a dead channel) stays finite::
 
         mean_shift = (running_mean - mean) / sqrt(var + eps)
         var_ratio  = (running_var + eps) / (var + eps)
@@ -95,7 +95,7 @@ class DriftReport(ByLayer[Drift]):
 def compare(
     running: Mapping[str, RunningStats], population: Mapping[str, LayerStats]
 ) -> DriftReport:
-    """Return how far the running statistics of layers are from their populations'."""
+    """Return the drift of the running statistics of layers from their populations'."""
     if not running:
         return DriftReport((), {})
     stats = [population[name] for name in running]
@@ -107,7 +107,7 @@ def compare(
     eps = torch.cat([torch.full_like(x.var, x.eps) for x in stats])
     moved = _drift(before, mean, var, eps)
     parts = zip(*(part.split([x.num_features for x in stats]) for part in moved), strict=True)
-    # Clones: a layer's own is not to keep that of all layers.
+    # Clones: a view would keep the memory of all layers alive.
     drifts = (
         (name, Drift(*(values.clone() for values in part)))
         for name, part in zip(running, parts, strict=True)
@@ -244,7 +244,7 @@ def _log(ratio: float) -> float:
 
 
 def _short(value: float) -> str:
-    """Return seven characters: what one dead channel makes is not to widen the table."""
+    """Return seven characters: a dead channel's huge ratio must not widen the table."""
     text = f"{value:7.3f}"
     return text if len(text) == 7 else f"{value:7.1e}"
 

@@ -23,7 +23,7 @@ EMA_MOMENTUM = 0.1
 class Estimate(NamedTuple):
     """Population statistics per channel, each of shape (C,); the spreads (C, 3, 3).
 
-    What they say is in :class:`bnstats.LayerStats`.
+    The fields are described in :class:`bnstats.LayerStats`.
     """
 
     num_values: Tensor
@@ -50,7 +50,7 @@ class Estimator(Protocol):
         """Take the moments of one more batch, and the spread between its samples."""
 
     def estimate(self, fraction: float = 0) -> Estimate:
-        """Return what is known so far; a standard error needs two batches, else it is NaN.
+        """Return the current estimate; standard errors are NaN before the second batch.
 
         Args:
             fraction: which part of a finite population's batches was taken (the finite
@@ -138,9 +138,9 @@ class Pooled:
 
 
 class Averaged:
-    """An average of the batches' means and variances, whatever their sizes.
+    """An average of the batches' means and variances that ignores their sizes.
 
-    A batch without a variance, of one value for a correction of 1, counts for the mean alone. The
+    A batch without a variance (one value, with a correction of 1) counts for the mean only. The
     standard errors are the spread between batches times the root of the sum of the squared
     weights.
 
@@ -181,8 +181,8 @@ class Averaged:
     def merge_state(self, state: Tensor) -> None:
         """Average another one's averages in, each by its number of batches.
 
-        Of averages with equal weights that is the average over all batches. A moving average
-        knows no such merge, and merges into an empty state alone.
+        For equal weights this is the average over all batches. A moving average cannot be
+        merged so: it merges into an empty state only.
         """
         count, mean, var, mean_squares, var_squares = state[:5]
         of_means, of_vars = state[5:].chunk(2)
@@ -207,7 +207,7 @@ class Averaged:
         mean_squares: Number = 1.0,
         var_squares: Number = 1.0,
     ) -> None:
-        """Take a mean and a variance in, each of a size of its own and where there is one."""
+        """Add a mean and a variance, each with its own size, where it exists."""
         new_mean, new_var = fold(self._mean, self._var, mean, var, Weights(for_mean, for_var))
         self._mean = torch.where(with_mean, new_mean, self._mean)
         self._var = torch.where(with_var, new_var, self._var)

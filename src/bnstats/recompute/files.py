@@ -49,8 +49,8 @@ def save(
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Yield a new file that takes the place of the path's when the block ends without an error.
 
-    A link stays, and what it points to is replaced. What is no regular file, a pipe or
-    /dev/stdout, cannot be replaced and is written to.
+    A link stays; the file that it points to is replaced. A pipe or a device (/dev/stdout)
+    cannot be replaced, and is written to directly.
     """
     target = Path(path)
     if target.exists() and not target.is_file():
@@ -58,7 +58,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
         return
     target = Path(os.path.realpath(target))
-    # A name of its own: several threads and processes may write to one path.
+    # A unique name: several threads and processes may write to one path.
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
@@ -69,11 +69,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except OSError as error:
         if error.filename != str(part):
             raise
-        # Of the file by its own name: nobody knows the other.
+        # The message names the caller's file, not the temporary one.
         reason = f"{error.strerror}, to write {target.name} into"
         raise OSError(error.errno, reason, str(target.parent)) from None
     finally:
-        with suppress(OSError):  # it is gone, or the folder is none: said above
+        with suppress(OSError):  # it was moved, or never created
             part.unlink()
 
 
@@ -82,7 +82,7 @@ def load(
 ) -> tuple[dict[str, Any], dict[str, Values]]:
     """Return the header and each layer's values, of the optional ones those that were saved."""
     with Path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
-        # What is only claimed to be there is not allocated.
+        # Sizes that the file only claims are not allocated.
         if sum(info.file_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
             raise ValueError("it claims to hold more than its own size")
         header = json.loads(str(_read(archive, "header")))
@@ -105,7 +105,7 @@ def is_stats_file(path: str | os.PathLike[str]) -> bool:
     with Path(path).open("rb") as file:
         try:
             return "header.npy" in zipfile.ZipFile(file).namelist()
-        except Exception:  # of a damaged one, which its reader will name
+        except Exception:  # damaged; reading it will raise the error
             return False
 
 
@@ -142,8 +142,8 @@ def malformed(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what reading a damaged or foreign file raises into one error."""
     try:
         yield
-    # zipfile, zlib, numpy's parser of headers and json raise a dozen kinds between them, out of
-    # recursion and memory among these: a list of them is never complete.
+    # zipfile, zlib, numpy's header parser and json raise a dozen kinds of errors, RecursionError
+    # and MemoryError among them: no list of them would be complete.
     except Exception as error:
         raise StatsFileError(
             f"{os.fspath(path)}: expected a file that PopulationStats.save wrote (version "

@@ -15,7 +15,7 @@ from bnstats.interrupts import Interrupts
 
 
 class _Cancelled(BaseException):
-    """Unwinds a forward that shall not go on; never leaves its thread."""
+    """Unwinds a forward that is cancelled; never leaves its thread."""
 
 
 class ForwardThread(threading.Thread):
@@ -25,7 +25,7 @@ class ForwardThread(threading.Thread):
         index: its position among all that were started.
         waiting_with: what it passed to ``wait``; None while it does not wait there.
         error: what the forward raised.
-        cancelled: its forward shall end where it waits.
+        cancelled: its forward is to end where it waits.
         go: released to let it run on.
     """
 
@@ -107,7 +107,7 @@ class ForwardThreads:
             raise _Cancelled
 
     def fail(self, error: BaseException) -> NoReturn:
-        """End the forward of this thread with an error, whatever the model would do with one."""
+        """End the forward of this thread with an error that the model cannot catch."""
         assert self.current is not None
         self.current.error = error
         self._failed = True
@@ -183,11 +183,11 @@ class ForwardThreads:
 
 
 class _ThreadSettings:
-    """What torch keeps for each thread, as it is in the thread that makes this.
+    """torch's settings per thread, taken from the thread that creates this object.
 
     Args:
-        devices: where the forwards compute. No other is asked for anything: to ask an
-            accelerator for its stream makes a context on it.
+        devices: where the forwards compute. No other device is touched: reading the stream
+            of an accelerator creates a context on it.
     """
 
     def __init__(self, devices: Collection[torch.device]) -> None:
@@ -206,7 +206,7 @@ class _ThreadSettings:
 
     @contextmanager
     def entered(self, num_sharing: int) -> Iterator[None]:
-        """Have the same settings in this thread, one of so many, and no gradients."""
+        """Apply the settings to this thread, one of so many, and switch gradients off."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
             if self._default_device.type != "cpu":
@@ -227,7 +227,7 @@ class _ThreadSettings:
 
 
 def _has_streams(device: torch.device) -> bool:
-    if device.type in ("cpu", "meta", "mps"):  # in one order, whoever calls
+    if device.type in ("cpu", "meta", "mps"):  # always in the same order
         return False
     accelerator = torch.accelerator.current_accelerator()
     return accelerator is not None and accelerator.type == device.type

@@ -63,7 +63,7 @@ class LayerStats:
     var_stderr: Tensor
     correction: int = 1
     eps: float = field(default=1e-5, kw_only=True)
-    # None becomes NaN.
+    # None is replaced by NaN.
     mean_var_cov: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
     spread: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
     num_samples: int = field(default=0, kw_only=True)
@@ -90,9 +90,9 @@ class LayerStats:
         return describe("LayerStats", shown)
 
     def check_values(self) -> None:
-        """Refuse what no measurement gives: negative, complex, not finite, out of range.
+        """Refuse impossible values: negative, complex, not finite, out of range.
 
-        What is about errors may be NaN: those of a single batch are not known.
+        Standard errors and spreads may be NaN: a single batch does not determine them.
 
         Raises:
             InvalidValueError: a value is not possible; the message names it.
@@ -155,9 +155,9 @@ class LayerStats:
         """Return the pooled statistics of the values of both.
 
         The standard errors are those of two strata, each of which was sampled on its own: exact
-        also where the two are of different data. A part of a single batch knows no error of its
-        own; then the batches of both count as one sample. NaN where a part was read from a file
-        of a version that did not save what this takes.
+        also where the two are of different data. A part with a single batch has no standard
+        error of its own; then the batches of both count as one sample. NaN where a part was read
+        from a file of an early version, which did not save the spread.
         """
         total = self.moments + other.moments
         count, biased = int(total.count), total.var(0)
@@ -217,7 +217,7 @@ class _Errors(NamedTuple):
     of_var: Tensor
 
     def referred(self, shift: Tensor) -> _Errors:
-        """Return those of the mean square about a mean that is lower by the shift."""
+        """Return the errors of the mean square about a mean that is lower by the shift."""
         of_var = self.of_var + 4 * shift * (self.cov + shift * self.of_mean)
         return _Errors(self.of_mean, self.cov + 2 * shift * self.of_mean, of_var.clamp(min=0))
 
@@ -229,7 +229,7 @@ class _Errors(NamedTuple):
 def with_eps(var: Tensor, eps: float | Tensor) -> Tensor:
     """Return the square of what evaluation divides by, ``var + eps``; never 0.
 
-    With ``eps=0`` a dead channel would be infinitely far from everything but its like.
+    With ``eps=0`` the distance from a dead channel would be infinite.
     """
     return (var + eps).clamp(min=torch.finfo(var.dtype).tiny ** 0.5)
 
@@ -285,7 +285,7 @@ def write_all(
 
 
 def _check_range(name: str, layer: _BatchNorm, stats: LayerStats) -> None:
-    """Refuse statistics that become infinite in a layer's own dtype."""
+    """Refuse statistics that overflow the dtype of a layer's buffers."""
     for what in ("mean", "var"):
         values: Tensor = getattr(stats, what)
         buffer: Tensor = getattr(layer, f"running_{what}")

@@ -62,7 +62,7 @@ def _portions(task: Task, reader: Reader) -> Iterator[Iterable[Any]]:
 
 
 class _Waiting(NamedTuple):
-    """What a batch waits with at a layer."""
+    """The input of a layer at which a batch waits."""
 
     layer: ObservedLayer
     moments: LayerMoments
@@ -70,11 +70,11 @@ class _Waiting(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """Which layer a process would complete next: the least of all is completed.
+    """The layer that a process would complete next; the smallest candidate of all processes wins.
 
     Attributes:
-        since: how many layers were complete when the first batch came to wait there; infinite
-            where none waits.
+        since: number of layers that were complete when the first batch started to wait there;
+            infinite where no batch waits.
         position: the layer's position in the task.
     """
 
@@ -87,8 +87,8 @@ class _LayerwisePass:
 
     When no batch can run, the layer that has waited longest is completed with those that have
     reached it, and they go on; of several that have waited equally long, the one that the model
-    names first. That is decided when all are held, from where they are held and not from which
-    came first: two runs give the same bits.
+    names first. The decision is taken when all are held, and depends on where they are held, not on
+    their order of arrival: two runs give the same bits.
     """
 
     def __init__(self, task: Task, reader: Reader) -> None:
@@ -162,7 +162,7 @@ class _LayerwisePass:
             layer = self._task.layers[int(chosen.position)]
             states = reports[:, width + 2 :]
             if {c.position for c in candidates} - {chosen.position, _Candidate().position}:
-                # Some process would have completed another layer, and has sent the state of that.
+                # Another process had another candidate, and has sent the state of that layer.
                 with self._task.peers.exchange(self._empty_state.flatten()) as exchange:
                     exchange.send(self._state(layer))
                 states = exchange.results
@@ -176,7 +176,7 @@ class _LayerwisePass:
         if thread is None:
             raise InvalidValueError(
                 f"layer '{layer.name}' runs in a thread that the forward of a batch has started: "
-                'expected the forward to stay in its thread; use method="sweeps"'
+                'expected the forward to stay in one thread; use method="sweeps"'
             )
         if (layer, thread.index) in self._passed:
             error = RepeatedLayerError(
@@ -260,13 +260,13 @@ class _LayerwisePass:
         self._waits_since.pop(layer, None)
 
     def _refuse_nonfinite(self, layer: ObservedLayer, threads: list[ForwardThread]) -> None:
-        """Raise for the batches that are not finite at a layer, or take them out of the pass."""
+        """Raise an error for batches that are not finite at a layer, or drop them from the pass."""
         bad = [thread for thread in threads if not thread.waiting_with.moments.is_finite()]
         if self._task.options.on_nonfinite == "raise" or not bad:
             indices = ", ".join(str(thread.index) for thread in bad or threads)
             raise NonFiniteStatisticsError(
                 f"batch {indices} (counted from 0) has non-finite statistics in layer "
-                f"'{layer.name}'; mend the data or pass on_nonfinite=\"skip\"; the model is as "
+                f"'{layer.name}'; repair the data or pass on_nonfinite=\"skip\"; the model is as "
                 "it was"
             )
         self._num_skipped += len(bad)

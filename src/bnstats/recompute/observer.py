@@ -56,7 +56,7 @@ class LayerMoments(NamedTuple):
         return LayerMoments(self.num_values, self.mean.to(device), self.m2.to(device), samples)
 
     def is_finite(self) -> bool:
-        """Ask, on the host, whether all of it is finite."""
+        """Return whether all values are finite; the host waits for the device."""
         return bool((self.mean + self.m2).isfinite().all())
 
 
@@ -108,7 +108,7 @@ class ObservedLayer:
         return num_features(self.module)
 
     def moments_of(self, input: Tensor) -> LayerMoments:
-        """Return the moments of an input, about zero where the layer wants them so.
+        """Return the moments of an input, about zero where the layer keeps its statistics so.
 
         Under a mask, they are those of the valid positions.
         """
@@ -163,7 +163,7 @@ class ObservedLayer:
 OnInput = Callable[[ObservedLayer, Tensor], None]
 """Called with a layer and its input before the layer runs."""
 
-# Of this thread's forward: several may run side by side.
+# Of this thread's forward: several may run at the same time.
 _MASK: ContextVar[Mask | None] = ContextVar("mask", default=None)
 
 
@@ -219,7 +219,7 @@ def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.get("input")
-        # What the layer cannot take, it refuses itself, in its own words.
+        # The layer itself raises the error for an input that it cannot take.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:
             given = given_mask(module, args, kwargs)
             with nullcontext() if given is None else use_mask(given):

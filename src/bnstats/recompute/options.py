@@ -1,4 +1,4 @@
-"""The options of a measurement, and what is refused of them."""
+"""The options of a measurement, and their checks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Options:
 
 
 def check_options(options: Options) -> None:
-    """Refuse what is not in the documentation."""
+    """Refuse values that are not documented."""
     _check_positive_int("max_batches", options.max_batches)
     _check_positive_int("memory_limit", options.memory_limit)
     _check_tolerance(options.tolerance)
@@ -77,6 +77,6 @@ def _check_tolerance(tolerance: Any) -> None:
         )
     if not 0 < tolerance < math.inf:
         raise InvalidValueError(
-            "tolerance: expected a positive number, the largest standard error that will do "
+            "tolerance: expected a positive number, the largest standard error accepted "
             f"(in standard deviations, and relative for variances), got {tolerance}"
         )

@@ -72,12 +72,12 @@ class PopulationStats(Mapping[str, LayerStats]):
     def stderr_is_conditional(self) -> bool:
         """Whether standard errors are those given the statistics of earlier layers.
 
-        So with ``"layerwise"`` and ``"sweeps"``: an error is what other batches would change if
-        the layers before kept their statistics. These would move as well, with the same batches,
-        and normalization by them takes much of a batch's peculiarity out of what comes later:
-        usually the whole error is smaller, down to a tenth for means and a third for variances
-        (see the tests). What it is takes more than one pass. With the other methods each batch
-        is normalized by itself, and the errors are whole.
+        True for ``"layerwise"`` and ``"sweeps"``: their standard errors describe how other
+        batches would change a layer's statistics if the earlier layers kept theirs. With other
+        batches the earlier layers' statistics would change too, and normalizing by them removes
+        much of that change. The unconditional error is usually smaller, down to a tenth for means
+        and a third for variances (see the tests); to estimate it takes more than one pass. With
+        the other methods each batch is normalized by itself, and the errors are unconditional.
         """
         return self.method in ("layerwise", "sweeps")
 
@@ -161,17 +161,17 @@ class PopulationStats(Mapping[str, LayerStats]):
                     f"{theirs.correction}) in the other"
                 )
             merged[name] = mine.merge(theirs)
-        frozen = dict.fromkeys(self.frozen + other.frozen)  # each once, in their order
+        frozen = dict.fromkeys(self.frozen + other.frozen)  # without repetitions, in order
         num_skipped = self.num_skipped + other.num_skipped
         return PopulationStats(merged, num_skipped=num_skipped, frozen=frozen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a versioned npz file (no pickle), whole or not at all.
 
-        Through a link: what it points to is replaced.
+        If the path is a link, the file that it points to is replaced.
 
         Raises:
-            InvalidValueError: a value that no measurement gives, a negative variance for one.
+            InvalidValueError: an impossible value, for example a negative variance.
         """
         for stats in self.values():
             stats.check_values()
@@ -180,7 +180,7 @@ class PopulationStats(Mapping[str, LayerStats]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PopulationStats:
-        """Read what ``save`` wrote, an earlier version's too.
+        """Read a file that ``save`` wrote, also by an earlier version.
 
         Raises:
             StatsFileError: the file is damaged, or something else.
@@ -242,7 +242,7 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
 
 
 def _missing(missing: list[str], stats: Collection[str], layers: Collection[str]) -> str:
-    """Return the names that a model lacks and what may have been meant."""
+    """Return the names that a model lacks, with the nearest or the prefix that was meant."""
     for candidate in layers:
         mine, theirs = _prefixes(missing[0], candidate)
         if all(x.startswith(mine) and theirs + x.removeprefix(mine) in layers for x in stats):
@@ -253,7 +253,7 @@ def _missing(missing: list[str], stats: Collection[str], layers: Collection[str]
 
 
 def _prefixes(mine: str, theirs: str) -> tuple[str, str]:
-    """Return what is left of two paths, dot included, without the keys at their ends alike."""
+    """Return two paths without their common last keys, each with its final dot."""
     a, b = mine.split("."), theirs.split(".")
     while a and b and a[-1] == b[-1]:
         a.pop()

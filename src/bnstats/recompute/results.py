@@ -1,4 +1,4 @@
-"""From the estimates of all layers to the statistics that are handed out."""
+"""From the estimates of all layers to the statistics that are returned."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
         warn(
-            "no batch reached these layers, whose statistics are left alone: "
+            "no batch reached these layers, which keep their statistics: "
             + ", ".join(map(repr, unseen))
         )
     if task.prior is not None:
@@ -55,8 +55,7 @@ def check_counts(counts: BatchCounts) -> None:
     """Refuse a measurement without a batch that counts."""
     if not counts.num_read:
         raise InvalidValueError(
-            "loader: expected at least one batch, got none; an iterator that was read "
-            "before gives none"
+            "loader: expected at least one batch, got none; an iterator can be read only once"
         )
     if counts.num_skipped == counts.num_read:
         raise NonFiniteStatisticsError(
@@ -93,7 +92,7 @@ def layer_stats(layer: ObservedLayer, estimate: Estimate, correction: int) -> La
 
 
 def check_enough_values(layer: ObservedLayer, count: int, correction: int) -> None:
-    """Refuse a variance that is not defined."""
+    """Refuse too few values for a variance."""
     if count <= correction:
         raise TooFewValuesError(
             f"layer '{layer.name}' saw {count} value per channel: its unbiased variance "

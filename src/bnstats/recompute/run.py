@@ -91,19 +91,20 @@ def recompute_population_stats(
       completed with those, once no batch can go on otherwise.
       A sharded model (``fully_shard``) is refused: its forwards wait for other processes.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
-      again, and each forward ends as soon as there is nothing more to be seen: at most about
+      again, and each forward ends as soon as nothing is left to measure: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
-      that do, a layer called twice say, are swept until nothing moves. A loader that shuffles
-      or augments is fine: each layer is then measured on another draw of the data.
+      that do, for example a layer that is called twice, are swept until nothing changes. A
+      loader may shuffle or augment: each layer is then measured on another draw of the data.
 
     Args:
         model: any Module; DistributedDataParallel, DataParallel, FullyShardedDataParallel,
             torch.compile and averages of weights (AveragedModel, timm's, ema-pytorch's) are
             seen through. Layers are every BatchNorm with running statistics.
-        loader: an iterable of batches, a DataLoader for one. A batch is a tensor; a tuple or
+        loader: an iterable of batches, for example a DataLoader. A batch is a tensor; a tuple or
             list, of which the first element goes in, by the same rules; a mapping of keyword
-            arguments. Tensors and whatever else has a ``to`` move to the device, at any depth.
-            A first element of several floating-point tensors, two views say, is refused.
+            arguments. Tensors and other objects with a ``to`` method move to the device, at any
+            depth.
+            A first element of several floating-point tensors (two views, for example) is refused.
         method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
@@ -116,19 +117,20 @@ def recompute_population_stats(
             The errors come from the spread between batches, which should be shuffled; where
             the loader has a length and was not read whole, they are those of a sample of its
             batches (finite population correction). With ``"layerwise"`` and ``"sweeps"`` they
-            are given the statistics of earlier layers, usually larger than the whole errors
-            (see ``PopulationStats.stderr_is_conditional``): more is read than would do.
+            are conditional on the statistics of earlier layers, usually larger than the
+            unconditional ones (see ``PopulationStats.stderr_is_conditional``): more batches are
+            read than needed.
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation. It is also asked for modules of other classes that have a BatchNorm's
-            running statistics, torchvision's FrozenBatchNorm2d for one; by default these are
-            left alone.
+            running statistics, for example torchvision's FrozenBatchNorm2d; by default these keep
+            theirs.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
             it is not finite: earlier ones have counted it).
         sync: with whom to merge by torch.distributed: a process group, all processes (True),
-            nobody (False), or all if there are several (None). Every process ends with the
-            same bits, whatever the numbers of batches (but for a sharded model, whose forwards
+            no other (False), or all if there are several (None). Every process ends with the
+            same bits, with any numbers of batches (except for a sharded model, whose forwards
             wait for each other: uneven numbers are an error); one that fails makes all fail, before
             the first batch or while it writes included. One collective, or one for each layer,
             sweep, or check of the tolerance; a small one before, by which the processes find
@@ -165,7 +167,7 @@ def recompute_population_stats(
 
     Warns:
         BnstatsWarning: no BatchNorm layers, or some that no batch reached; those keep theirs.
-            Sweeps of layers that depend on each other came to no rest. The loader's samples are
+            Sweeps of layers that depend on each other did not converge. The loader's samples are
             much more alike than the prior's.
 
     Example:
@@ -212,7 +214,7 @@ def recompute_population_stats(
                 interrupts.check()
                 exchange.send(_NOTHING)
         except BaseException:
-            # Here or in another process: written in all of them, or in none.
+            # An error here or in another process: either all are written, or none.
             for name, running in before.items():
                 running.write_to(layers[name])
             raise
@@ -281,7 +283,7 @@ def _method(method: str | None, prior: PopulationStats | None) -> str:
 def _measure(
     model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
 ) -> tuple[PopulationStats, Peers]:
-    """Measure, and return with whom."""
+    """Measure, and return the statistics and the processes that took part."""
     peers, method = Peers.of(options.sync), options.method
     with peers.agreement() as agreement:
         if not isinstance(method, str) or method not in METHODS:

@@ -23,10 +23,10 @@ from bnstats.recompute.results import check_counts, check_enough_values, populat
 from bnstats.recompute.task import Task
 
 _NEGLIGIBLE_MOVEMENT = 1e-6
-"""Movement between two sweeps, in standard deviations and relative, that is float32's rounding."""
+"""Largest change between two sweeps that counts as float32 rounding: sd, or relative."""
 
 _MAX_REPETITIONS = 100
-"""Sweeps after which layers that depend on each other are taken as they are, with a warning."""
+"""Sweeps after which layers that depend on each other are accepted, with a warning."""
 
 
 def sweeps(task: Task) -> PopulationStats:
@@ -35,7 +35,7 @@ def sweeps(task: Task) -> PopulationStats:
 
 
 class _NothingMore(BaseException):
-    """Ends a forward in which there is nothing more to be seen; never leaves this module."""
+    """Ends a forward in which nothing is left to measure; never leaves this module."""
 
 
 class _Sweeps:
@@ -61,7 +61,7 @@ class _Sweeps:
             check_counts(counts)
             self._update(task.layers, estimate)
             for number, level in enumerate(survey.levels()):
-                # What depends on no layer, the survey has seen as it is.
+                # The survey has measured the layers that depend on no other.
                 if number > 0 or level.circular:
                     counts = self._complete(level, counts)
                 bar.update(len(level.layers))
@@ -69,7 +69,7 @@ class _Sweeps:
         return population_stats(task, counts, Estimate(*map(torch.cat, columns)))
 
     def _complete(self, level: DependencyLevel, counts: BatchCounts) -> BatchCounts:
-        """Sweep until the statistics of a level's layers move no more."""
+        """Sweep until the statistics of a level's layers no longer change."""
         step, moved = 1.0, math.inf
         for _ in range(_MAX_REPETITIONS if level.circular else 1):
             swept, estimate = self._sweep(level.layers)
@@ -83,12 +83,12 @@ class _Sweeps:
             last, moved = moved, self._update(level.layers, estimate, step)
             if moved <= _NEGLIGIBLE_MOVEMENT:
                 return counts
-            if moved > last:  # from one side of the rest to the other: half the way is nearer
+            if moved > last:  # it overshoots the fixed point: half a step comes closer
                 step = 0.5
         if level.circular:
             names = ", ".join(repr(layer.name) for layer in level.layers)
             warn(
-                f"the statistics of layers that depend on each other still moved by {moved:.1g} "
+                f"the statistics of layers that depend on each other still changed by {moved:.1g} "
                 f"standard deviations after {_MAX_REPETITIONS} sweeps: {names}"
             )
         return counts
@@ -138,14 +138,14 @@ class _Sweeps:
         return moved
 
     def _apply(self) -> None:
-        """Let the layers normalize with what they have been updated to."""
+        """Let the layers normalize with their current estimates."""
         for layer, statistics in self._used.items():
             layer.normalize_with(*statistics)
 
 
 def _movement(last_mean: Tensor, last_var: Tensor, new: Estimate) -> float:
-    """Return the largest movement: of a mean in standard deviations, of a variance relative."""
+    """Return the largest change: of a mean in standard deviations, of a variance relative."""
     of_mean = (new.mean - last_mean).abs() / new.var.sqrt()
     of_var = (new.var / last_var - 1).abs()
-    # A channel of no variance that stays where it is moves by 0 / 0.
+    # A channel without variance that does not change gives 0 / 0.
     return float(torch.stack([of_mean, of_var]).nan_to_num(nan=0).max())

@@ -1,4 +1,4 @@
-"""What is to be measured, checked and resolved: the argument of every method."""
+"""A measurement with its arguments checked and resolved: the input of every method."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ class Task:
         """Where the model computes."""
         tensors = chain(self.model.parameters(), self.model.buffers())
         devices = {tensor.device for tensor in tensors}
-        # A device without an index is the current one of its type: a tensor's has one.
+        # A device without an index means the current one; a tensor's device has an index.
         return devices if self.device is None else {*devices, _with_index(self.device)}
 
     @property
     def description(self) -> dict[str, object]:
-        """What has to be the same in every process that measures together."""
+        """The values that must be equal in all processes that measure together."""
         options = ("method", "tolerance", "correction", "on_nonfinite")
         return {
             **{name: getattr(self.options, name) for name in options},
@@ -180,7 +180,7 @@ def prepare(
     peers: Peers,
     interrupts: Interrupts,
 ) -> Task:
-    """Return the task that the caller means, all of it checked."""
+    """Check all arguments, and return them as a task."""
     check_module(model, loader, "model, loader")
     inner = unwrap(model)
     check_options(options)
@@ -236,7 +236,7 @@ def check_prior(method: Method, options: Options) -> None:
 
 
 def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
-    """Refuse what cannot run while the model's forwards have collectives of their own."""
+    """Refuse methods that cannot run while forwards have collectives of their own."""
     for layer in layers:
         if is_dtensor(layer.running_mean) or is_dtensor(layer.running_var):
             raise InvalidTypeError(
@@ -252,7 +252,7 @@ def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Me
 
 
 def check_mergeable(method: Method, peers: Peers) -> None:
-    """Refuse to merge what has no merge."""
+    """Refuse a method whose results cannot be merged over processes."""
     if peers.size > 1 and not method.merges:
         raise InvalidValueError(
             'sync: moving averages of several processes do not merge; method="pooled" and '
