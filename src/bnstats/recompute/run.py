@@ -102,9 +102,8 @@ def recompute_population_stats(
             seen through. Layers are every BatchNorm with running statistics.
         loader: an iterable of batches, for example a DataLoader. A batch is a tensor; a tuple or
             list, of which the first element goes in, by the same rules; a mapping of keyword
-            arguments. Tensors and other objects with a ``to`` method move to the device, at any
-            depth.
-            A first element of several floating-point tensors (two views, for example) is refused.
+            arguments. What has a ``to`` method moves to the device, at any depth. A first
+            element of several floating-point tensors (two views, for example) is refused.
         method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
         forward: ``forward(model, batch)`` for everything else, for example under autocast.
         device: where batches go; by default where the model's first parameter is.
@@ -117,9 +116,8 @@ def recompute_population_stats(
             The errors come from the spread between batches, which should be shuffled; where
             the loader has a length and was not read whole, they are those of a sample of its
             batches (finite population correction). With ``"layerwise"`` and ``"sweeps"`` they
-            are conditional on the statistics of earlier layers, usually larger than the
-            unconditional ones (see ``PopulationStats.stderr_is_conditional``): more batches are
-            read than needed.
+            are conditional on the statistics of earlier layers, usually larger than without (see
+            ``PopulationStats.stderr_is_conditional``): more batches are read than needed.
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation. It is also asked for modules of other classes that have a BatchNorm's
             running statistics, for example torchvision's FrozenBatchNorm2d; by default these keep
