@@ -1,0 +1,81 @@
+"""RenormBatchNorm: its cost beside EMABatchNorm's, and digits at small normalization batches.
+
+The gradient batch is 32 for all, normalized in parts as in :mod:`benchmarks.bench_small_batch`.
+The warm-up is the first tenth of a training's forwards, the ramp the next three tenths.
+"""
+
+from __future__ import annotations
+
+import statistics
+from functools import partial
+
+from torch import nn
+
+import bnstats
+from benchmarks import command
+from benchmarks.bench_layers import LARGE_ON_CPU, TRAINING
+from benchmarks.bench_small_batch import GRADIENT_BATCH, Setting, moving_average, train
+from benchmarks.rows import Row, Run
+from benchmarks.workloads import TRAINING_PASSES, Shape, compare_layers, forward_backward
+from bnstats.cli.digits import Digits, multilayer_perceptron
+
+EMA, RENORM = "EMABatchNorm2d", "RenormBatchNorm2d"
+AT_MOST = 1.05
+STEPS = 400
+BATCHES = (32, 8, 4, 2)
+
+
+def measure(run: Run) -> list[Row]:
+    """Time the layer after its warm-up, and train with it."""
+    measured = []
+    for shape in (*TRAINING, *LARGE_ON_CPU):
+        measured += _timed(run, shape)
+    return measured + _trained(run)
+
+
+def _timed(run: Run, shape: Shape) -> list[Row]:
+    layers = {
+        EMA: bnstats.EMABatchNorm2d(shape[1]),
+        RENORM: bnstats.RenormBatchNorm2d(shape[1], warmup=0, ramp=0),
+    }
+    return compare_layers(
+        "forward and backward",
+        shape,
+        {name: forward_backward(layer, shape) for name, layer in layers.items()},
+        EMA,
+        passes=TRAINING_PASSES,
+        at_most={RENORM: AT_MOST},
+        rounds=3 if run.quick else 200,
+        calls=1 if run.quick else 10,
+    )
+
+
+def _settings(steps: int) -> list[Setting]:
+    plain = partial(multilayer_perceptron, nn.BatchNorm1d, nn.Linear)
+    settings = [Setting("BatchNorm", batch, plain) for batch in BATCHES]
+    for batch in BATCHES:
+        forwards = steps * GRADIENT_BATCH // batch
+        options = {"warmup": forwards // 10, "ramp": 3 * forwards // 10}
+        norm = partial(bnstats.RenormBatchNorm1d, **options)
+        make = partial(multilayer_perceptron, norm, nn.Linear)
+        settings.append(Setting("RenormBatchNorm", batch, make))
+    windows = {32: 1, 8: 4, 4: 8, 2: 16}
+    return settings + [moving_average("mlp", batch, window=windows[batch]) for batch in BATCHES]
+
+
+def _trained(run: Run) -> list[Row]:
+    seeds, steps = (1, 2) if run.quick else (5, STEPS)
+    work, measured = f"test error on digits, {steps} steps, {seeds} seeds", []
+    digits = [Digits.load(seed) for seed in range(seeds)]
+    for setting in _settings(steps):
+        errors = [
+            train(setting, data, steps=steps, seed=seed).error for seed, data in enumerate(digits)
+        ]
+        what = f"{setting.name}, batch {setting.batch}"
+        summary = (statistics.median(errors), min(errors), max(errors))
+        measured.append(Row(work, "perceptron", what, *summary, unit="%"))
+    return measured
+
+
+if __name__ == "__main__":
+    command.main("renorm")
