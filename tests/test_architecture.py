@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 FLOORS = [
     {"errors", "formatting", "private"},
     {"arguments", "reduction"},
-    {"moments"},
+    {"masked_reduction", "moments"},
     {"accumulators", "traversal", "distributed", "interrupts", "masks"},
     {"holding", "freezing"},
     {"layers"},

@@ -69,50 +69,12 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "cpu":
         x = x.to(wide if x.dtype == torch.float64 or not x.is_floating_point() else torch.float32)
         # Welford's algorithm in one launch.
-        var, mean = torch.var_mean(x, _others(x), correction=0)
+        var, mean = torch.var_mean(x, other_axes(x), correction=0)
         return mean.to(wide), var.to(wide).mul_(x.numel() // x.shape[1])
     if x.numel() < _FEWEST_FAST or not x.is_floating_point():
         return _exactly(x)
     fast = from_rows(x)
     return _exactly(x) if fast is None else fast
-
-
-def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return number, mean and sum of squared deviations of the valid values per channel.
-
-    Two passes, the second about the mean: padding of any amount and value changes nothing.
-
-    Args:
-        x: of shape (N, C, ...).
-        mask: boolean, broadcastable to x, the channel axis being 1.
-    """
-    count = count_positions(mask, x)
-    x, wide = x.to(accumulator(x)), wide_dtype(x.device)
-    total = _sum(torch.where(mask, x, 0))
-    about = (total / count.clamp(min=1)).to(x.dtype)
-    deviations = torch.where(mask, x - about.view(-1, *[1] * (x.dim() - 2)), 0)
-    mean = _sum(deviations) / count.clamp(min=1)  # of what rounding has left
-    m2 = _sum_of_squares(deviations) - count * mean.square()
-    return count, mean + about.to(wide), m2.clamp(min=0)
-
-
-def count_positions(mask: Tensor, x: Tensor) -> Tensor:
-    """Return the number of valid positions, int64 of shape ()."""
-    return mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
-
-
-def _sum(x: Tensor) -> Tensor:
-    rows = short_rows(x) if x.is_cpu else None
-    if rows is None:
-        return x.sum(_others(x), dtype=wide_dtype(x.device))
-    return _per_channel(rows.sum(-1))
-
-
-def _sum_of_squares(x: Tensor) -> Tensor:
-    rows = short_rows(x) if x.is_cpu else None
-    if rows is None:
-        return x.to(wide_dtype(x.device)).square().sum(_others(x))
-    return _sums_of_squares(rows)
 
 
 def mean_square(x: Tensor) -> Tensor:
@@ -123,10 +85,10 @@ def mean_square(x: Tensor) -> Tensor:
     """
     count = x.numel() // x.shape[1]
     if x.device.type != "cpu":
-        norm: Tensor = torch.linalg.vector_norm(x, dim=_others(x), dtype=accumulator(x))
+        norm: Tensor = torch.linalg.vector_norm(x, dim=other_axes(x), dtype=accumulator(x))
         return norm.square().div_(count)
     rows = short_rows(x)
-    squares = x.double().square().sum(_others(x)) if rows is None else _sums_of_squares(rows)
+    squares = x.double().square().sum(other_axes(x)) if rows is None else sums_of_squares(rows)
     return squares.div_(count)
 
 
@@ -141,7 +103,7 @@ def mean_square_on_host(x: Tensor) -> NDArray[np.float64]:
     return squares / (x.numel() // x.shape[1])
 
 
-def _others(x: Tensor) -> list[int]:
+def other_axes(x: Tensor) -> list[int]:
     """Return all axes but the channels'."""
     return [axis for axis in range(x.dim()) if axis != 1]
 
@@ -202,7 +164,7 @@ def cancels(squares: Tensor, m2: Tensor) -> Tensor:
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum and the sum of squares per channel."""
-    return _per_channel(rows.sum(-1, dtype=accumulator(rows))), _sums_of_squares(rows)
+    return per_channel(rows.sum(-1, dtype=accumulator(rows))), sums_of_squares(rows)
 
 
 def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
@@ -238,9 +200,9 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _sums_of_squares(rows: Tensor) -> Tensor:
+def sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, ..., length), per channel; return float64."""
-    return _per_channel(squares_of_rows(rows))
+    return per_channel(squares_of_rows(rows))
 
 
 def squares_of_rows(rows: Tensor) -> Tensor:
@@ -252,7 +214,7 @@ def squares_of_rows(rows: Tensor) -> Tensor:
     return rows.to(accumulator(rows)).square().sum(-1)
 
 
-def _per_channel(of_rows: Tensor) -> Tensor:
+def per_channel(of_rows: Tensor) -> Tensor:
     """Add up what rows gave, of shape (N, C) or (N, C, rows), in float64."""
     axes = 0 if of_rows.dim() == 2 else (0, 2)
     return of_rows.sum(axes, dtype=torch.float64)

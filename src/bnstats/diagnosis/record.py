@@ -14,9 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.formatting import describe_mapping
+from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
-from bnstats.reduction import count_positions, masked_mean_and_m2, mean_and_m2
+from bnstats.reduction import mean_and_m2
 from bnstats.traversal import check_materialized, named_layers
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bnstats.errors import InvalidValueError
 from bnstats.layers.replicas import Replicas
+from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.moments import merge_all
-from bnstats.reduction import masked_mean_and_m2, mean_and_m2
+from bnstats.reduction import mean_and_m2
 
 
 class Batch(NamedTuple):

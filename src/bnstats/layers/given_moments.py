@@ -139,8 +139,8 @@ def _gradients(
         _along_channels(average - slope * mean, x), x, _along_channels(slope, x)
     )
     if mask is not None:
-        through_moments = torch.where(mask, through_moments, 0)
-    return (direct - through_moments).to(x.dtype), grad_weight, grad_bias
+        through_moments.mul_(mask.to(through_moments.dtype))
+    return through_moments.neg_().add_(direct).to(x.dtype), grad_weight, grad_bias
 
 
 def _differentiable_gradients(
