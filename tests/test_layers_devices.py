@@ -81,8 +81,8 @@ def step(module, x, grad, run=None):
     return [output.detach(), x.grad, *(p.grad for p in module.parameters())]
 
 
-def assert_close(mine, expected, dtype=torch.float32):
-    tolerance = TOLERANCES[dtype]
+def assert_close(mine, expected, dtype=torch.float32, factor=1):
+    tolerance = TOLERANCES[dtype] * factor
     for a, b in zip(mine, expected, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -180,6 +180,75 @@ def test_forwards_may_come_before_their_backwards(device, family):
             results.append([i.grad for i in (*inputs, *layer.parameters())])
         assert_close(*results)
         assert_buffers(there, here)
+
+
+@each_family
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_gradients_accumulate_as_on_cpu(device, family, use_reentrant):
+    here = make(family)
+    there = on(device, here)
+    pairs = data()
+    for start in range(0, STEPS, 3):
+        here.zero_grad()
+        there.zero_grad()
+        for x, grad in pairs[start : start + 3]:
+            for layer, where in ((here, "cpu"), (there, device)):
+                x = x.to(where).detach().requires_grad_()
+                if use_reentrant is None or layer is here:
+                    output = layer(x)
+                else:
+                    output = checkpoint(layer, x, use_reentrant=use_reentrant)
+                output.backward(grad.to(where))
+        assert_close([p.grad for p in there.parameters()], [p.grad for p in here.parameters()])
+        assert_buffers(there, here)
+
+
+@each_family
+@pytest.mark.parametrize("halves", ["two devices", "first on CPU", "last on CPU"])
+def test_a_network_over_two_devices_trains_as_on_cpu(device, family, halves):
+    first = second = torch.device(device.type, 0)
+    if halves == "two devices":
+        if torch.accelerator.device_count() < 2:
+            pytest.skip(f"needs two {device.type} devices")
+        second = torch.device(device.type, 1)
+    elif halves == "first on CPU":
+        first = torch.device("cpu")
+    else:
+        second = torch.device("cpu")
+    here = nn.ModuleList([make(family), make(family)])
+    there = nn.ModuleList([on(first, here[0]), on(second, here[1])])
+    for x, grad in data():
+        gradients = []
+        for model in (here, there):
+            model.zero_grad()
+            x = x.detach().requires_grad_()
+            where = model[0].weight.device, model[1].weight.device
+            y = model[1](model[0](x.to(where[0])).relu().to(where[1]))
+            y.backward(grad.to(where[1]))
+            gradients.append([x.grad, *(p.grad for p in model.parameters())])
+        assert_close(*reversed(gradients), factor=10)  # what two layers round
+    assert {tensor.device for tensor in there[0].state_dict().values()} == {first}
+    assert {tensor.device for tensor in there[1].state_dict().values()} == {second}
+
+
+CENTERED = {
+    "conv1d": (lambda: bnstats.CenteredConv1d(3, 4, 2), (2, 3, 5)),
+    "conv2d": (lambda: bnstats.CenteredConv2d(3, 4, 2), (2, 3, 5, 4)),
+    "conv3d": (lambda: bnstats.CenteredConv3d(3, 4, 2), (2, 3, 5, 4, 3)),
+    "linear": (lambda: bnstats.CenteredLinear(3, 4), (2, 3)),
+}
+
+
+@pytest.mark.parametrize(("new", "shape"), CENTERED.values(), ids=CENTERED.keys())
+def test_centered_layers_are_those_on_cpu_and_wait_for_nothing(device, no_waits, new, shape):
+    here = new()
+    there = on(device, here)
+    x = torch.randn(shape)
+    grad = torch.randn_like(here(x))
+    assert_close(step(there, x, grad), step(here, x, grad))
+    x, grad = x.to(device), grad.to(device)
+    with no_waits():
+        there(x).backward(grad)
 
 
 @each_family

@@ -55,6 +55,16 @@ def test_moments_far_from_zero_have_float64s_precision(device, ratio):
     np.testing.assert_allclose(there.var().cpu(), var, rtol=1e-9)
 
 
+@pytest.mark.parametrize("ratio", [1e3, 1e4])
+def test_far_from_zero_a_measured_mean_is_as_good_as_a_float32_buffer_holds_it(device, ratio):
+    data = [torch.randn(64, 3, 16, 16) + ratio for _ in range(4)]
+    mean, var = oracles.mean_var(data)
+    stats = bnstats.measure_population_stats(nn.BatchNorm2d(3).to(device), data)[""]
+    rounding = torch.finfo(torch.float32).eps * ratio
+    np.testing.assert_allclose(stats.mean, mean, rtol=0, atol=2 * rounding)
+    np.testing.assert_allclose(stats.var, var, rtol=1e-3)
+
+
 def test_moments_are_added_up_in_float64_on_a_device_that_has_it(device, monkeypatch):
     # The kernels behind the substitute add up float32 in float64 anyway; CUDA's do not.
     seen, reduce = [], core.mean_and_m2
