@@ -2,6 +2,7 @@
 
 import _thread
 import copy
+import signal
 import threading
 import time
 
@@ -275,6 +276,15 @@ def test_of_several_failing_batches_the_first_speaks():
             )
 
 
+@pytest.fixture
+def ctrl_c_raises():
+    """Where the tests are started with SIGINT ignored, by nohup for one, nothing would come."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c_while_the_owner_waits_ends_every_thread():
     class Interrupting(nn.Module):
         calls = 0
