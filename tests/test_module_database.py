@@ -17,7 +17,11 @@ from torch.testing._internal.common_modules import module_db
 from bnstats.errors import InvalidValueError
 from cases import FAMILIES, PLAIN
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch's database has a momentum that the layers warn of.
+    pytest.mark.filterwarnings("ignore:.*weighs the new batch by:bnstats.errors.BnstatsWarning"),
+]
 
 NOT_TRACKING = "its windows are running statistics: track_running_stats=False is refused"
 NO_DERIVATIVE = "its gradient is, on purpose, not the derivative of its output"

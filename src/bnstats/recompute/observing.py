@@ -109,6 +109,9 @@ class Observation:
         self._num_batches = 0
         self._num_hidden = 0
 
+    def __repr__(self) -> str:
+        return f"Observation({self.num_batches} forwards of {len(self._task.layers)} layers)"
+
     @property
     def num_batches(self) -> int:
         """Number of forwards so far, those that were not finite included."""
