@@ -75,6 +75,15 @@ def _ema(model: nn.Module, *_: object) -> None:
     bnstats.convert_batchnorm(model, "ema", momentum=0.1)
 
 
+def _renorm(model: nn.Module, *_: object) -> None:
+    # Without a warm-up: the running statistics that come with the weights are no start.
+    bnstats.convert_batchnorm(model, "renorm", momentum=0.1, warmup=0, ramp=0)
+
+
+def _frozen(model: nn.Module, *_: object) -> None:
+    bnstats.freeze_statistics(model)
+
+
 def _moving_average(center: bool, model: nn.Module, cell: Cell, gradient_batch: int) -> None:
     forwards = cell.steps * gradient_batch // cell.batch
     with warnings.catch_warnings():
@@ -97,25 +106,20 @@ PLAIN = "BatchNorm, momentum 0.01"
 PLAIN_DEFAULT = "BatchNorm, momentum 0.1"
 FROZEN = "BatchNorm, frozen statistics"
 EMA = "EMABatchNorm, momentum 0.1"
+RENORM = "RenormBatchNorm, momentum 0.1"
 MABN = "MovingAverageBatchNorm, weights as they are"
 CENTERED = "MovingAverageBatchNorm, weights centered"
 
 VARIANTS: dict[str, Prepare] = {
     PLAIN: _as_it_is,
     PLAIN_DEFAULT: partial(_momentum, 0.1),
-    FROZEN: _as_it_is,
+    FROZEN: _frozen,
     EMA: _ema,
+    RENORM: _renorm,
     MABN: partial(_moving_average, False),
     CENTERED: partial(_moving_average, True),
 }
 """What a network's layers are made for a training. The momentum of 0.01 is the checkpoint's own."""
-
-
-def _train_frozen(model: nn.Module) -> None:
-    model.train()
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def half_resnet18(num_classes: int) -> nn.Sequential:
@@ -205,6 +209,8 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
     def look(steps: int) -> None:
         if seed == 0:
             curve.append((steps, *_accuracies(model, photos, ["pooled"])))
+            if cell.variant == FROZEN:
+                _frozen(model)
 
     fine_tune(
         model,
@@ -214,7 +220,6 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
         normalization_batch=cell.batch,
         gradient_batch=network.gradient_batch,
         learning_rate=network.learning_rate,
-        train_mode=_train_frozen if cell.variant == FROZEN else nn.Module.train,
         after_epoch=look,
     )
     accuracies = _accuracies(model, photos, ["pooled", "layerwise"])
@@ -224,6 +229,7 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
 def _accuracies(model: nn.Module, photos: Photos, methods: list[str]) -> list[float]:
     """Return the accuracy with running averages, and recalibrated by each of the methods."""
     accuracies = [accuracy(model, photos.test)]  # leaves every layer in evaluation mode
+    bnstats.thaw_statistics(model)  # a frozen layer is left alone
     batches = photos.train.tensors[0].split(RECALIBRATION_BATCH)
     for method in methods:
         result = bnstats.recompute_population_stats(model, batches, method=method)

@@ -146,7 +146,6 @@ def fine_tune(
     normalization_batch: int = GRADIENT_BATCH,
     gradient_batch: int = GRADIENT_BATCH,
     learning_rate: float = LEARNING_RATE,
-    train_mode: Callable[[nn.Module], object] = nn.Module.train,
     after_step: Callable[[int], None] = lambda _: None,
     after_epoch: Callable[[int], None] = lambda _: None,
 ) -> None:
@@ -169,7 +168,7 @@ def fine_tune(
     schedule = OneCycleLR(optimizer, learning_rate, total_steps=steps)
     done = 0
     while done < steps:
-        train_mode(model)
+        model.train()
         for batch in loader:
             optimizer.zero_grad()
             for images, labels in zip(
