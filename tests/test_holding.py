@@ -229,7 +229,7 @@ def test_the_models_own_layers_are_let_go(make):
 @layers_but("somebody's", "torch, per batch")  # which torch cannot compile in one graph
 def test_compiled_code_compiles_once_more_for_all_held_forwards(make):
     counter, (x,) = CompileCounter(), inputs()
-    model = network(make)
+    model = network(make)[:2]
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     compiled(x)
     for _ in range(4):
@@ -249,7 +249,7 @@ def test_compiled_code_compiles_once_more_for_all_held_forwards(make):
 
 @layers_but("somebody's", "torch, per batch")  # which torch cannot compile in one graph
 def test_code_compiled_in_the_context_moves_buffers_after_it(make):
-    model, (x,) = network(make), inputs()
+    model, (x,) = network(make)[:2], inputs()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     before = buffers(model)
     with bnstats.hold_statistics(model):
@@ -326,6 +326,57 @@ def test_a_checkpoint_runs_a_held_forward_again_as_it_was(make, how, first):
         for a, b in zip(step(model, checkpointed), expected, strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(buffers(model), buffers(plain), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("name", ["ema", "moving_average"])
+def test_a_checkpoint_around_compiled_code_runs_a_held_forward_again(name, use_reentrant):
+    model = network(LAYERS[name])[:2]
+    plain, compiled = copy.deepcopy(model), torch.compile(model, backend="aot_eager")
+    x, y = (x.requires_grad_() for x in inputs(2))
+
+    def step(model, run):
+        with bnstats.hold_statistics(model):
+            first = run(x)
+        outputs = [first, run(y)]
+        model.zero_grad()
+        sum(output.square().sum() for output in outputs).backward()
+        return [*outputs, *gradients(model)]
+
+    for _ in range(2):
+        actual = step(model, functools.partial(checkpoint, compiled, use_reentrant=use_reentrant))
+        for a, b in zip(actual, step(plain, plain), strict=True):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(buffers(model), buffers(plain), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_torchs_layers_in_compiled_code_are_held_in_a_checkpoint_within_the_context(use_reentrant):
+    model = network(nn.BatchNorm1d)[:2]
+    compiled = torch.compile(model, backend="aot_eager")
+    x, before = inputs()[0].requires_grad_(), buffers(model)
+    with bnstats.hold_statistics(model):
+        checkpoint(compiled, x, use_reentrant=use_reentrant).square().sum().backward()
+    assert not moved(model, before)
+
+
+# torch.compile looks at the gradient of what is between two of its graphs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@layers_but("somebody's", "torch, per batch", "torch, synchronized", "cumulative")
+def test_the_context_may_be_in_compiled_code(make):
+    model, (x,) = network(make)[:2], inputs()
+    before = buffers(model)
+
+    @torch.compile(backend="eager")
+    def held(x):
+        with bnstats.hold_statistics(model):
+            return model(x)
+
+    for _ in range(3):
+        held(x)
+        assert not moved(model, before)
+    model(x)
+    assert moved(model, before)
 
 
 @each_checkpoint
