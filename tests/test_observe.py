@@ -267,11 +267,11 @@ def test_frozen_and_held_layers_are_observed():
     assert [*seen.stats()] == ["1", "5", "8"]
 
 
-def test_recalibration_in_the_context_is_itself():
+def test_measuring_in_the_context_finds_what_it_does_without():
     model, data = networks.trained(), networks.uneven()
     expected = bnstats.measure_population_stats(copy.deepcopy(model), data, method="layerwise")
     with bnstats.observe(model) as seen:
-        after = bnstats.recompute_population_stats(model, data, method="layerwise").after
+        after = bnstats.measure_population_stats(model, data, method="layerwise")
     for name, layer in expected.items():
         assert torch.equal(after[name].mean, layer.mean)
     assert seen.stats()["1"].count == expected["1"].count
