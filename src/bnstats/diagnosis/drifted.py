@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.diagnosis.running_error import estimate_running_error
-from bnstats.recompute import Drift, LayerStats, PopulationStats
+from bnstats.diagnosis.running_error import error_of_average
+from bnstats.recompute import Drift, LayerStats
 from bnstats.recompute.layer_stats import with_eps
 
 MATERIAL = 0.1
@@ -19,6 +19,9 @@ MATERIAL = 0.1
 
 _SURE = 2.0
 """Standard errors from which on a distance is no chance: it is a mean over channels."""
+
+_DEFAULT = 19
+"""Batches that an average of momentum 0.1 is worth."""
 
 
 class Distance(NamedTuple):
@@ -93,31 +96,31 @@ class Explained(NamedTuple):
     at_default: float
 
 
-def explain(layer: _BatchNorm, name: str, stats: PopulationStats) -> Explained:
+def explain(layer: _BatchNorm, stats: LayerStats) -> Explained:
     """Return what explains a layer's drift, by its own momentum and number of updates."""
     updates = _num_updates(layer)
     # A cumulative layer keeps a momentum for the way back, of no effect.
     momentum = None if hasattr(layer, "num_values_tracked") else layer.momentum
-    one = PopulationStats({name: stats[name]}, method="batch_average")
 
-    def expected(momentum: float | None) -> float:
-        if momentum is None:  # a cumulative average
-            return expected(1.0) / math.sqrt(max(updates or 1, 1))
-        error = estimate_running_error(one, momentum=momentum)[name]
+    def expected(effective_batches: float) -> float:
+        error = error_of_average(stats, effective_batches)
         return _combine(error.mean_shift, error.var_ratio)
 
+    if momentum is None:
+        effective = float(max(updates or 1, 1))
+    else:
+        effective = (2 - momentum) / momentum if 0 < momentum <= 1 else math.inf
     debiased = bool(getattr(layer, "debias", False))
     initial_weight = 0.0
     if updates is not None and momentum is not None and not debiased:
         initial_weight = (1 - momentum) ** updates
-    usable = momentum is None or 0 < momentum <= 1
     return Explained(
         momentum=momentum,
         num_updates=updates,
         initial_weight=initial_weight,
-        of_one_batch=expected(1.0),
-        expected=expected(momentum) if usable else 0.0,
-        at_default=expected(0.1),
+        of_one_batch=expected(1),
+        expected=expected(effective),
+        at_default=expected(_DEFAULT),
     )
 
 

@@ -178,7 +178,7 @@ class _Examination:
             name: Case(
                 self._layers[name],
                 distance(drift[name], population[name]),
-                explain(self._layers[name], name, population),
+                explain(self._layers[name], population[name]),
                 self._frozen[name],
             )
             for name in population

@@ -96,10 +96,11 @@ def estimate_running_error(
         raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
     forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches
     effective = (2 - momentum) / momentum * (1 - forgotten) / (1 + forgotten)
-    return ByLayer((name, _error(layer, effective)) for name, layer in stats.items())
+    return ByLayer((name, error_of_average(layer, effective)) for name, layer in stats.items())
 
 
-def _error(layer: LayerStats, effective_batches: float) -> RunningError:
+def error_of_average(layer: LayerStats, effective_batches: float) -> RunningError:
+    """Return the standard error of an average that is worth so many batches."""
     # The error of an average of B batches is that of one over the root of B.
     scale = (layer.num_batches / effective_batches) ** 0.5
     mean_stderr, var_stderr = layer.mean_stderr * scale, layer.var_stderr * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -81,11 +82,14 @@ def _worst(cases: Mapping[str, Case]) -> str:
 
 
 def _gain(values: Mapping[str, Tensor], name: str) -> float:
-    """Return what other statistics make of the metric, in standard errors of the difference."""
+    """Return what other statistics make of the metric, in standard errors of the difference.
+
+    What is less than the metric's own standard error nobody sees: 0.
+    """
     gained = summarize(values[name] - values["running"])
-    if gained.num_samples < _FEWEST_SAMPLES or gained.stderr == 0:
+    if gained.num_samples < _FEWEST_SAMPLES or gained.mean <= summarize(values["running"]).stderr:
         return 0.0
-    return gained.mean / gained.stderr
+    return gained.mean / gained.stderr if gained.stderr else math.inf
 
 
 def _about_metric(values: Mapping[str, Tensor]) -> str:
