@@ -135,7 +135,7 @@ def test_what_is_inside_a_layer_goes_by_its_mode():
         layer.train("no")
 
 
-@pytest.mark.parametrize("to", ["ema", "cumulative", "moving_average"])
+@pytest.mark.parametrize("to", ["ema", "cumulative", "moving_average", "renorm"])
 @pytest.mark.filterwarnings("ignore:the model will evaluate differently")
 def test_conversion_keeps_layers_frozen_both_ways(to):
     model = bnstats.freeze_statistics(network(nn.BatchNorm1d))

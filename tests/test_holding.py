@@ -443,7 +443,7 @@ def test_a_held_forward_whose_backward_comes_too_late_is_an_error():
 
 
 @pytest.mark.filterwarnings("ignore:the model will evaluate differently")
-@pytest.mark.parametrize("to", ["ema", "cumulative", "moving_average"])
+@pytest.mark.parametrize("to", ["ema", "cumulative", "moving_average", "renorm"])
 def test_conversion_in_the_context_leaves_nothing_behind(to):
     model, (x,) = network(nn.BatchNorm1d), inputs()
     with bnstats.hold_statistics(model):

@@ -39,6 +39,7 @@ OPTIONS = {
     ],
     "cumulative": [{}, {"momentum": 1.0}, {"momentum": 0.0}],
     "moving_average": [{}, {"momentum": None}, {"momentum": 1.0}, {"momentum": 0.0}],
+    "renorm": [{}, {"debias": False}, {"momentum": None}, {"momentum": 0.0}, {"affine": False}],
 }
 each_option = pytest.mark.parametrize(
     ("family", "options"),
