@@ -40,7 +40,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
 
     _replicas: Replicas | None = None
 
-    _transient: ClassVar[tuple[str, ...]] = ("_held",)
+    _transient: ClassVar[tuple[str, ...]] = ("_held", "_mask")
     """Attributes that a copy of the layer does not get."""
 
     _held = False
@@ -162,7 +162,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         with replicas.failing_together(self.num_features, input.device):
             self._check_input_dim(input)
             valid = None if given is None else given.fit(input)
-        return Batch(valid, replicas, where)
+        return Batch(valid, replicas, where if given is None else given.where)
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
@@ -170,14 +170,10 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if batch is not None:
             return self._forward_batch(input, batch, tracks=self.momentum != 0 and not self._held)
         count = self._count_values(input)
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
         like = running_mean
         if like.dtype in HALF:
-            # The batch's statistics come out in the parameters' dtype; half is too coarse.
             like = like.float()
-            weight = None if weight is None else weight.float()
-            bias = None if bias is None else bias.float()
+        weight, bias = self._wide_parameters(running_mean.dtype)
         # A batch of no values has no statistics.
         moves = count > 0 and self.momentum != 0 and not self._held
         if count > 0 and on_host(input):
@@ -200,6 +196,16 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
                 track(mean, var, count)
         return output.to(input.dtype)
 
+    def _wide_parameters(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias, in float32 where the batch's statistics must not be half."""
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if dtype in HALF:
+            # The batch's statistics come out in the parameters' dtype; half is too coarse.
+            weight = None if weight is None else weight.float()
+            bias = None if bias is None else bias.float()
+        return weight, bias
+
     def _count_values(self, input: Tensor) -> int:
         """Return the number of values per channel; one has no variance."""
         count = input.numel() // self.num_features
@@ -213,13 +219,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
 
     def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
         """Normalize by the values that a mask leaves, and by those of other processes."""
-        weight: Tensor | None = self.weight
-        bias: Tensor | None = self.bias
-        dtype = input.dtype
-        if dtype in HALF:
-            dtype = torch.float32
-            weight = None if weight is None else weight.float()
-            bias = None if bias is None else bias.float()
+        weight, bias = self._wide_parameters(input.dtype)
+        dtype = torch.float32 if input.dtype in HALF else input.dtype
         if batch.replicas is None and (is_traced() or not only_reverse_mode()):
             z, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()

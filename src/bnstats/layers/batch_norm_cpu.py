@@ -26,17 +26,40 @@ def batch_norm(
     Returns:
         The output, and the batch's mean and unbiased variance: vectors like the one given.
     """
-    if x.numel() >= _FEWEST_VALUES and _has_fast_sums(x, like.dtype):
-        with torch.no_grad():
-            moments = from_rows(x)
-        if moments is not None:
-            return _by_given_moments(x, weight, bias, eps, *moments)
+    fast = _fast_moments(x, like)
+    if fast is not None:
+        mean, var, unbiased = fast
+        return normalize(x, weight, bias, mean, var, eps), mean, unbiased
     # With momentum 1 the kernel leaves the batch's own statistics here: no second pass over x.
     # Autograd keeps them, so they are not written to afterwards. F.batch_norm calls the same
     # kernel, after checks that are done: they cost 2 microseconds.
     mean, var = torch.zeros_like(like), torch.zeros_like(like)
     output = torch.native_batch_norm(x, weight, bias, mean, var, True, 1.0, eps)[0]
     return output, mean, var
+
+
+@torch.no_grad()
+def moments(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, and the biased and the unbiased variance: vectors like the one given."""
+    fast = _fast_moments(x, like)
+    if fast is not None:
+        return fast
+    mean, var = torch.batch_norm_update_stats(x.to(like.dtype), None, None, 0.0)
+    count = x.numel() // x.shape[1]
+    return mean, var, var * (count / (count - 1))
+
+
+@torch.no_grad()
+def _fast_moments(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what :func:`moments` does from sums over rows, where they are faster."""
+    if x.numel() < _FEWEST_VALUES or not _has_fast_sums(x, like.dtype):
+        return None
+    sums = from_rows(x)
+    if sums is None:
+        return None
+    count = x.numel() // x.shape[1]
+    mean, var = sums[0].to(x.dtype), sums[1].div_(count).to(x.dtype)
+    return mean, var, var * (count / (count - 1))
 
 
 def _has_fast_sums(x: Tensor, dtype: torch.dtype) -> bool:
@@ -47,17 +70,3 @@ def _has_fast_sums(x: Tensor, dtype: torch.dtype) -> bool:
         and x.is_contiguous()
         and only_reverse_mode()
     )
-
-
-def _by_given_moments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    wide_mean: Tensor,
-    m2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    count = x.numel() // x.shape[1]
-    mean, var = wide_mean.to(x.dtype), m2.div_(count).to(x.dtype)
-    output = normalize(x, weight, bias, mean, var, eps)
-    return output, mean, var * (count / (count - 1))

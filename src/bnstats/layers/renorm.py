@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_integer, check_limit
 from bnstats.layers.batch import Batch
 from bnstats.layers.ema import EMABatchNorm
+from bnstats.layers.given_moments import normalize
 from bnstats.layers.recall import Recall
+from bnstats.layers.tracking import HALF
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_and_m2
@@ -122,16 +125,25 @@ class RenormBatchNorm(EMABatchNorm):
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
     ) -> Tensor:
-        no_values = batch is None and self._count_values(input) == 0
-        if no_values or (batch is None and on_host(input) and self._warms_up(input)):
+        if batch is None and (self._count_values(input) == 0 or self._warms_up(input)):
             return super()._forward_training(input, running_mean)
         moves = self.momentum != 0 and not self._held
-        return self._forward_batch(input, Batch() if batch is None else batch, tracks=moves)
+        if batch is not None or not on_host(input):
+            whole = Batch() if batch is None else batch
+            return self._forward_batch(input, whole, tracks=moves)
+        like = running_mean.float() if running_mean.dtype in HALF else running_mean
+        mean, var, unbiased = batch_norm_cpu.moments(input.detach(), like)
+        weight, bias = self._wide_parameters(running_mean.dtype)
+        weight, bias = self._scale_and_shift(weight, bias, mean, var)
+        output = normalize(input, weight, bias, mean, var, self.eps)
+        if moves and not in_backward_pass():
+            self._track_on_host(mean, unbiased, input.numel() // self.num_features)
+        return output
 
     def _warms_up(self, input: Tensor) -> bool:
         """Whether this forward, or the one that it repeats, is one of nn.BatchNorm's."""
         counter = self._buffers["num_batches_tracked"]
-        if counter is None:
+        if counter is None or not on_host(input):
             return False
         if int(counter) < self.warmup or not in_backward_pass():
             return int(counter) < self.warmup
