@@ -1,4 +1,4 @@
-"""Small networks with batch norm, their data, and what must not change of a model."""
+"""Small networks with batch norm, their data, and snapshots that must not change."""
 
 import torch
 from torch import nn

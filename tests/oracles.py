@@ -1,4 +1,4 @@
-"""What the promises say, from their definitions, in numpy float64; nothing of bnstats."""
+"""The promised values, computed from their definitions in numpy float64 without bnstats."""
 
 import numpy as np
 

@@ -149,7 +149,7 @@ def _other_layers():
     return nn.Sequential(network()[:5], nn.Flatten())
 
 
-# What one process does otherwise than the others; the error there, and what the others are told.
+# What one process does differently; its error, and the message of the others.
 BEFORE_THE_FIRST_BATCH = {
     "a length that raises": ({"loader": RaisingLength()}, OSError, "rank 1"),
     "an iterator": ({"loader": iter(()), "method": "sweeps"}, InvalidValueError, "read once"),
@@ -475,7 +475,7 @@ ON_DEVICES = [
 
 
 def run(rank, world, folder, backend="gloo", scenarios=None):
-    """Run the scenarios in this process, and keep what each said."""
+    """Run the scenarios in this process, and keep the message of each."""
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/store",

@@ -106,7 +106,7 @@ def test_a_step_is_the_same_in_place_by_numbers_and_by_tensors(weights, seed):
     d = batch_mean - mean
     expected = (
         mean + d / size,
-        # What is replaced is replaced whole, whatever the other weights are.
+        # A size of 1 replaces the whole state, with any other weights.
         batch_var
         if size == 1
         else var + (batch_var - fade * var + between * (1 - 1 / size) * d**2) / divisor,

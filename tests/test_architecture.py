@@ -1,4 +1,4 @@
-"""The house's own rules: imports go down, the surface is literal, private names keep apart."""
+"""The package's own rules: imports go down, __all__ is literal, private names are in one file."""
 
 import ast
 from pathlib import Path

@@ -101,7 +101,7 @@ def test_compiles_without_a_graph_break():
 
 def test_linear_under_moving_average_needs_no_mean():
     # The claim that the mean can be left out: with centered weights and inputs of one mean,
-    # what arrives has a mean near zero, whatever that mean is.
+    # its output has a mean near zero, for any mean of its input.
     x = torch.randn(512, 64) + 5
     ours = bnstats.CenteredLinear(64, 32)(x).mean(0).abs().mean()
     plain = F.linear(x, nn.Linear(64, 32).weight).mean(0).abs().mean()

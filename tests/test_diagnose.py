@@ -218,7 +218,7 @@ def test_four_panels_show_the_norms_of_each_record():
     lines = figure.axes[3].get_lines()
     assert [line.get_label() for line in lines] == ["batch 2", "batch 32"]
     np.testing.assert_allclose(lines[0].get_ydata(), both["batch 2"]["1"].psi.norm(dim=1))
-    assert len({line.get_linestyle() for line in lines}) == 2  # told apart in grey
+    assert len({line.get_linestyle() for line in lines}) == 2  # distinct in grey
     assert len(bnstats.plot_batch_stats(both["batch 2"], "1").axes[0].get_lines()) == 1
 
 
@@ -374,7 +374,7 @@ def test_misuse_of_the_estimate_is_named(arguments, error, says):
 
 
 def test_watching_a_training_and_recalibrating_at_its_end(tmp_path):
-    # Train, look every few epochs, recalibrate, save, load into a plain model: the same output.
+    # Train, measure every few epochs, recalibrate, save, load into a plain model: the same output.
     def make(norm):
         return nn.Sequential(nn.Linear(4, 16), norm(16), nn.ReLU(), nn.Linear(16, 2))
 

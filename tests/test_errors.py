@@ -1,4 +1,4 @@
-"""What users are told: where a warning points, and which name an error suggests."""
+"""Messages to users: where a warning points, and which name an error suggests."""
 
 import linecache
 import pickle

@@ -153,7 +153,7 @@ def test_a_copy_is_equal_and_independent(family, clone):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("compiled", [False, True], ids=["host", "device"])
 def test_a_batch_that_is_not_finite_changes_nothing(family, value, compiled):
-    # nn.BatchNorm stays NaN for ever: https://github.com/pytorch/pytorch/issues/88474
+    # nn.BatchNorm stays NaN: https://github.com/pytorch/pytorch/issues/88474
     layer = family.make(2)
     good, bad = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5)
     bad[0, 1, 0, 0] = value

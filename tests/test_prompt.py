@@ -1,4 +1,4 @@
-"""What a Python prompt and a notebook show of a value: short, whatever the size of the model."""
+"""How a Python prompt and a notebook show values: briefly, for models of any size."""
 
 import copy
 import html

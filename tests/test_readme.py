@@ -1,4 +1,4 @@
-"""The README is run, and says the commands that CI runs."""
+"""The README's examples run, and its commands are those of CI."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The pass over data after training: right numbers for every layer."""
+"""The pass over data after training: correct statistics for every layer."""
 
 import copy
 import threading

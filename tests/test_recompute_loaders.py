@@ -17,7 +17,7 @@ METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 
 
 class Stream(IterableDataset):
-    """Samples of which nobody knows how many there are."""
+    """A data set of unknown length."""
 
     def __init__(self, x):
         self.x = x

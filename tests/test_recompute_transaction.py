@@ -1,4 +1,4 @@
-"""A recalibration is a transaction, whatever happens."""
+"""A recalibration is a transaction: after any failure the model is unchanged."""
 
 import pytest
 import torch

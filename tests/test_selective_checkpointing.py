@@ -126,7 +126,7 @@ def test_two_layers_in_one_checkpoint_are_as_without_it_whatever_is_saved(family
 
 
 def test_the_bookkeeping_shows_no_operators_that_a_second_run_lacks():
-    # gradients were wrong without a word where aten.sub was saved
+    # gradients were silently wrong where aten.sub was saved
     for family in FAMILIES:
         model = make(family)
         same_as_without(model, {torch.ops.aten.sub.Tensor})

@@ -69,5 +69,5 @@ def test_a_layer_that_quantization_has_configured_is_converted_with_it():
     assert torchs(model)[0].qconfig == "of quantization"
 
 
-def test_torchs_own_layers_are_converted_without_a_word():
+def test_torchs_own_layers_are_converted_without_a_warning():
     assert type(torchs(nn.Sequential(nn.BatchNorm1d(3)))[0]) is nn.SyncBatchNorm

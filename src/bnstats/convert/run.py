@@ -119,12 +119,11 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
         InvalidValueError: an unknown family, a value that the family's class refuses.
         InvalidTypeError: not a Module; an option that the family does not have; a lazy layer
             not yet materialized; a batch norm whose class replaces a method of torch's layer by
-            its own, ``forward`` for example, or an attribute by a property,
-            which the conversion would drop (timm's ``BatchNormAct2d`` activates in its
-            forward); a layer to be centered that has a property ``weight``, or a forward put on
-            the object; one with ``__slots__``, whose objects cannot change their class. Helpers
-            under other names are no reason; the converted layer lacks them. The message has
-            the layer's name; the model is as before.
+            its own, ``forward`` for example, or an attribute by a property, which the conversion
+            would drop (timm's classes are known, see below); a layer to be centered that has a
+            property ``weight``, or a forward set on the object; one with ``__slots__``, whose
+            objects cannot change their class. Helpers under other names are accepted; the
+            converted layer lacks them. The message names the layer; the model is unchanged.
 
     Warns:
         BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without.
