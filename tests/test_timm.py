@@ -186,6 +186,26 @@ def test_a_synchronized_layer_of_timms_comes_back_as_one(to):
     assert classes(bnstats.revert_batchnorm(model)) == before
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["timm's", "converted"])
+def test_batch_statistics_are_recorded_before_the_activation(converted):
+    activated = nn.Sequential(BatchNormAct2d(3, act_layer=nn.SiLU, inplace=True))
+    if converted:
+        bnstats.convert_batchnorm(activated, "ema")
+    plain, x = nn.Sequential(nn.BatchNorm2d(3), nn.SiLU()), torch.randn(4, 3, 5, 5)
+    records = []
+    for model in (activated, plain):
+        with bnstats.record_batch_stats(model) as record:
+            for _ in range(2):
+                model(x).square().sum().backward()
+        records.append(record["0"])
+    assert len(records[0]) == 2
+    for statistic in ("mean", "var", "g", "psi"):
+        ours, reference = (getattr(record, statistic) for record in records)
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    assert not activated[0]._forward_pre_hooks
+    assert not activated[0].drop._forward_pre_hooks
+
+
 def test_timm_freezes_converted_layers_as_its_own():
     model, x = trained(), torch.randn(2, 3, 64, 64)
     bnstats.convert_batchnorm(model, "ema")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
@@ -181,8 +182,7 @@ def record_batch_stats(
     hooks = []
     try:
         for name, layer in chosen.items():
-            hook = partial(_observe, record[name])
-            hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+            hooks += _hook(layer, partial(_observe, record[name]))
         yield record
     finally:
         for handle in hooks:
@@ -208,6 +208,19 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
         if name not in found:
             raise UnknownLayerError(name, found)
     return {name: found[name] for name in names}
+
+
+def _hook(layer: _BatchNorm, observe: Callable[..., None]) -> list[RemovableHandle]:
+    """Call ``observe(layer, args, kwargs, output)`` when a forward of the layer has normalized."""
+    drop = layer._modules.get("drop")
+    if drop is None:
+        return [layer.register_forward_hook(observe, with_kwargs=True)]
+    # timm's layers drop out and activate what they have normalized.
+    called: list[Any] = []
+    return [
+        layer.register_forward_pre_hook(lambda *call: called.append(call), with_kwargs=True),
+        drop.register_forward_pre_hook(lambda _, args: observe(*called.pop(), *args)),
+    ]
 
 
 def _observe(
