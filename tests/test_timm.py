@@ -20,7 +20,7 @@ pytest.importorskip("torchvision")  # timm imports it
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d  # noqa: E402
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct  # noqa: E402
 
-FAMILIES = ("ema", "cumulative", "moving_average")
+FAMILIES = ("ema", "cumulative", "moving_average", "renorm")
 PARTS = {"ema": bnstats.EMABatchNorm, "moving_average": bnstats.MovingAverageBatchNorm}
 each_target = pytest.mark.parametrize("to", FAMILIES)
 
@@ -99,7 +99,7 @@ def trained(name="test_efficientnet", count=3):
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_byobnet"])
-@pytest.mark.parametrize("to", ["ema", "cumulative"])
+@pytest.mark.parametrize("to", ["ema", "cumulative", "renorm"])
 def test_evaluation_training_and_recalibration_are_those_of_timms_layers(name, to):
     model, x = trained(name), torch.randn(4, 3, 64, 64)
     twin = copy.deepcopy(model)

@@ -61,7 +61,7 @@ class Measured(NamedTuple):
         return f"{self.mean:.4g} ± {self.stderr:.2g}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Diagnosis:
     """The result of :func:`bnstats.diagnose`; ``print`` shows all of it.
 
@@ -100,3 +100,6 @@ class Diagnosis:
         for sentence in self.evidence:
             lines.append(textwrap.fill(sentence, 100, initial_indent="- ", subsequent_indent="  "))
         return "\n".join([*lines, f"remedy: {self.remedy}"])
+
+    def __repr__(self) -> str:
+        return str(self)
