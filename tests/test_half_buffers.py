@@ -75,8 +75,8 @@ def test_training_goes_on_after_it(run, family):
 
 @each_family
 def test_it_is_normalized_all_the_same(run, family):
-    layer, wide = half(family), family.make(2)
-    x = overflowing()
+    layer = half(family)
+    wide, x = copy.deepcopy(layer).float(), overflowing()
     a, b = x.clone().requires_grad_(), x.float().requires_grad_()
     output, expected = run(layer, a), wide(b)
     grad = torch.randn_like(expected)
