@@ -39,14 +39,21 @@ OPTIONS = {
     ],
     "cumulative": [{}, {"momentum": 1.0}, {"momentum": 0.0}],
     "moving_average": [{}, {"momentum": None}, {"momentum": 1.0}, {"momentum": 0.0}],
-    "renorm": [{}, {"debias": False}, {"momentum": None}, {"momentum": 0.0}, {"affine": False}],
+    "renorm": [
+        {},
+        {"debias": False},
+        {"momentum": None},
+        {"momentum": 0.0},
+        {"affine": False},
+        {"max_ratio": 1.1, "max_shift": 0.1},
+    ],
 }
 each_option = pytest.mark.parametrize(
     ("family", "options"),
     [
         pytest.param(family, options, id=f"{family.name}, {options or 'default'}")
         for family in FAMILIES
-        for options in OPTIONS[family.name]
+        for options in OPTIONS.get(family.name, [{}])
     ],
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -76,9 +77,11 @@ class Recall:
                 raise _too_long_ago()
             return before
         keys, values = (torch.stack(column) for column in zip(*known, strict=True))
-        distance = torch.linalg.vector_norm(keys - key, dim=1).nan_to_num(nan=torch.inf)
+        # A channel that is not finite leaves it to the others to tell the batch.
+        norm = partial(torch.linalg.vector_norm, dim=-1)
+        distance = norm(_finite(keys - key))
         index = distance.argmin().view(1)
-        found = distance[index] <= _SAME_BATCH * torch.linalg.vector_norm(key)
+        found = distance[index] <= _SAME_BATCH * norm(_finite(key))
         if on_host(key) and before is None and not found and key.isfinite().all():
             raise _too_long_ago()
         value = values.index_select(0, index).squeeze(0)
@@ -88,6 +91,10 @@ class Recall:
         """Return the value of this forward, or of the one that it repeats."""
         same: Tensor = opaque(_OPERATOR, _same)(key, value, self.identity)
         return same
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _too_long_ago() -> InvalidValueError:
