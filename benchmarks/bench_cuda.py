@@ -1,4 +1,4 @@
-"""On a CUDA device: no host synchronization, capture into a graph, achieved bandwidth."""
+"""On a CUDA device: no host synchronization, capture into a graph, and what is to be reached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from benchmarks.timing import compare
 from benchmarks.workloads import (
     TRAINING_PASSES,
     Work,
+    batches,
     compare_layers,
+    forward,
     forward_backward,
     torchvision_model,
     training_step,
@@ -26,6 +28,8 @@ from benchmarks.workloads import (
 FAMILIES = ["ema", "cumulative", "moving_average"]
 SIZE = (16, 3, 64, 64)
 LARGE = (256, 64, 56, 56)
+TRAINING = "bare forward, training mode"
+EVALUATION = "bare forward, evaluation mode"
 TORCH = "nn.BatchNorm2d"
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     TORCH: nn.BatchNorm2d,
@@ -33,6 +37,13 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "CumulativeBatchNorm2d": bnstats.CumulativeBatchNorm2d,
     "MovingAverageBatchNorm2d": partial(bnstats.MovingAverageBatchNorm2d, warmup=0),
 }
+
+
+SIZES = [(32, 64, 56, 56), (32, 256, 28, 28), (32, 2048, 7, 7)]
+AT_MOST_LAYER = 1.05  # of cudnn's
+AT_MOST_STEP = 1.02
+AT_MOST_POOLED = 1.00  # of the forward in training mode
+AT_MOST_LAYERWISE = 1.15  # of the forward in evaluation mode
 
 
 def measure(run: Run) -> list[Row]:
@@ -44,16 +55,90 @@ def measure(run: Run) -> list[Row]:
     for family in FAMILIES:
         model = bnstats.convert_batchnorm(torchvision_model("resnet18"), family)
         measured += [_synchronizations(copy.deepcopy(model), family), *_graph(model, family, run)]
-    return measured + compare_layers(
-        "forward and backward",
-        LARGE,
-        {name: forward_backward(layer(LARGE[1]), LARGE) for name, layer in LAYERS.items()},
+    return measured + goals(run)
+
+
+def goals(run: Run) -> list[Row]:
+    """Measure what has a goal on a GPU. Nothing of it needs one to run."""
+    return [*_layers(run), *_half_steps(run), *_recalibrations(run)]
+
+
+def _layers(run: Run) -> list[Row]:
+    """Measure each layer alone, at the sizes of a ResNet and where memory is the limit."""
+    measured = []
+    for size in [(4, 8, 6, 6)] if run.quick else [*SIZES, LARGE]:
+        measured += compare_layers(
+            "forward and backward",
+            size,
+            {name: forward_backward(layer(size[1]), size) for name, layer in LAYERS.items()},
+            TORCH,
+            passes=TRAINING_PASSES,
+            at_most={name: AT_MOST_LAYER for name in LAYERS if name != TORCH and size != LARGE},
+            rounds=3 if run.quick else 60,
+            calls=1 if run.quick else 10,
+        )
+    return measured
+
+
+def _half_steps(run: Run) -> list[Row]:
+    """Compare training steps as networks on GPUs take them: bfloat16, channels_last."""
+    name, size = ("resnet18", (2, 3, 32, 32)) if run.quick else ("resnet50", (64, 3, 224, 224))
+    models = {TORCH: torchvision_model(name)}
+    for family in FAMILIES:
+        models[family] = bnstats.convert_batchnorm(torchvision_model(name), family)
+    steps = {what: _half_step(model, size) for what, model in models.items()}
+    return rows(
+        f"{name} training step, bfloat16, channels_last",
+        str(size),
+        compare(steps, rounds=1 if run.quick else 40),
         TORCH,
-        passes=TRAINING_PASSES,
-        at_most={},
-        rounds=3 if run.quick else 60,
-        calls=1 if run.quick else 10,
+        at_most=dict.fromkeys(FAMILIES, AT_MOST_STEP),
     )
+
+
+def _half_step(model: nn.Module, size: tuple[int, ...]) -> Work:
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    x = torch.randn(size, device=device()).to(memory_format=torch.channels_last)
+    y = torch.randint(10, (size[0],), device=device())
+
+    def step() -> None:
+        with torch.autocast(device().type, dtype=torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _recalibrations(run: Run) -> list[Row]:
+    """Compare recalibrations with bare forwards of the same batches."""
+    name, shape = (
+        ("resnet18", (2, 2, 3, 32, 32)) if run.quick else ("resnet50", (8, 64, 3, 224, 224))
+    )
+    model, data = torchvision_model(name), batches(*shape)
+    methods = {
+        what: partial(bnstats.measure_population_stats, model, data, method=what)
+        for what in ("pooled", "layerwise")
+    }
+    bare = {
+        what: forward(model, data, training=what == TRAINING) for what in (TRAINING, EVALUATION)
+    }
+    timings = compare({**bare, **methods}, rounds=1 if run.quick else 9)
+    work = f"measurement, {len(data)} batches of {shape[1:]}"
+    promises = (("pooled", TRAINING, AT_MOST_POOLED), ("layerwise", EVALUATION, AT_MOST_LAYERWISE))
+    return [
+        row
+        for method, against, at_most in promises
+        for row in rows(
+            work,
+            name,
+            {what: timings[what] for what in (against, method)},
+            against,
+            at_most={method: at_most},
+        )
+    ]
 
 
 def _synchronizations(model: nn.Module, family: str) -> Row:

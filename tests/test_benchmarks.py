@@ -249,3 +249,17 @@ def test_the_kept_results_have_every_promise(name, work, what, against, at_most)
         and row["at_most"] is not None
     }
     assert kept == at_most
+
+
+def test_what_has_a_goal_on_a_gpu_runs_without_one_too(load, tmp_path):
+    rows = load("bench_cuda").goals(load("rows").Run(quick=True, folder=tmp_path))
+    promised = {row.what: row.at_most for row in rows if row.at_most is not None}
+    layers = ("EMABatchNorm2d", "CumulativeBatchNorm2d", "MovingAverageBatchNorm2d")
+    steps = ("ema", "cumulative", "moving_average")
+    assert promised == {
+        **dict.fromkeys(layers, 1.05),
+        **dict.fromkeys(steps, 1.02),
+        "pooled": 1.0,
+        "layerwise": 1.15,
+    }
+    assert all(row.median > 0 for row in rows)
