@@ -1,7 +1,7 @@
 """Pictures, a network with its ImageNet weights, and fine-tuning: what a demo on photographs needs.
 
-The pictures are Tux Paint's stamps, a package of Debian's and Ubuntu's: photographs of seven
-kinds of things, and some drawings. The network is EfficientNet-Lite0, from the Python index.
+The pictures are Tux Paint's stamps, a package of Debian's and Ubuntu's: 354 photographs of seven
+kinds of things, and 102 drawings. The network is EfficientNet-Lite0, from the Python index.
 """
 
 from __future__ import annotations
