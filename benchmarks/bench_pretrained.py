@@ -26,6 +26,7 @@ from benchmarks.fine_tuning import (
     FROM_SCRATCH,
     PRETRAINED,
     SYNTHETIC,
+    VARIANTS,
     Cell,
     Training,
     plan,
@@ -152,12 +153,16 @@ def _note(done: Sequence[Training]) -> str:
 def table(cells: dict[Cell, list[Training]], network: str, steps: int) -> list[list[str]]:
     """Return the lines of a README's table: a network trained for some steps."""
     header = ["trained with", "normalized over", "running averages", "recomputed"]
-    lines = [[*header, "layerwise", "better, of seeds"]]
-    for cell, trainings in cells.items():
+    lines = [[*header, "layerwise", "better recomputed"]]
+    variants = list(VARIANTS)
+    for cell in sorted(cells, key=lambda cell: (-cell.batch, variants.index(cell.variant))):
+        trainings = cells[cell]
         if (cell.network, cell.steps) == (network, steps):
             better = sum(t.pooled > t.running for t in trainings)
             figures = [_figure(trainings, kind) for kind in KINDS]
-            lines.append([cell.variant, str(cell.batch), *figures, f"{better} of {len(trainings)}"])
+            lines.append(
+                [cell.variant, str(cell.batch), *figures, f"{better} of {_seeds(trainings)}"]
+            )
     return lines
 
 

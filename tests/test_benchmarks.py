@@ -149,7 +149,7 @@ def test_the_table_of_trainings_has_medians_ranges_and_how_many_got_better(load)
     _, line = benchmark.table(benchmark._by_cell([*trainings, other]), tuning.PRETRAINED, 60)
     assert line == [
         *(tuning.PLAIN, "2", "30.0 (20.0 to 40.0)", "60.0 (30.0 to 70.0)"),
-        *("50.0 (50.0 to 50.0)", "2 of 3"),
+        *("50.0 (50.0 to 50.0)", "2 of 3 seeds"),
     ]
     assert "84 held-out pictures" in benchmark._note(trainings)
     assert "standard error of 5.0." in benchmark._note(trainings)  # (0.7 * 0.3 / 84) ** 0.5
