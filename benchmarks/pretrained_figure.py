@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.fine_tuning import PRETRAINED, Cell, Training
+from benchmarks.fine_tuning import PRETRAINED, VARIANTS, Cell, Training
 
 # Told apart in grey too: by lightness and markers.
 RUNNING: dict[str, Any] = {"color": "#b2182b", "marker": "o"}
@@ -20,7 +20,9 @@ def figure_of(cells: Mapping[Cell, Sequence[Training]]) -> Figure:
     """Draw every seed of the fine-tunings for 60 steps, and the first seed's longest curves."""
     figure = Figure(figsize=(12, 9), layout="constrained")
     halves: Any = figure.subfigures(2, 1)
-    shown = {cell: done for cell, done in cells.items() if cell.network == PRETRAINED}
+    order = list(VARIANTS)
+    ordered = sorted(cells, key=lambda cell: order.index(cell.variant))
+    shown = {cell: cells[cell] for cell in ordered if cell.network == PRETRAINED}
     _draw_seeds(halves[0], {cell: done for cell, done in shown.items() if cell.steps == STEPS})
     _draw_curves(halves[1], shown)
     return figure
@@ -55,8 +57,10 @@ def _spread(count: int) -> list[float]:
 
 def _short(variant: str) -> str:
     """Return a variant's name on lines of a word or two."""
-    name = variant.replace("MovingAverageBatchNorm", "MABN").replace("EMABatchNorm", "EMA")
-    return name.replace(", ", "\n").replace(" ", "\n")
+    for name, short in (("MovingAverageBatchNorm", "MABN"), ("EMABatchNorm", "EMA")):
+        variant = variant.replace(name, short)
+    variant = variant.replace("RenormBatchNorm", "Renorm").replace("weights as they are", "as is")
+    return variant.replace(", ", "\n").replace(" ", "\n")
 
 
 def _draw_curves(half: Any, cells: Mapping[Cell, Sequence[Training]]) -> None:
@@ -75,7 +79,7 @@ def _draw_curves(half: Any, cells: Mapping[Cell, Sequence[Training]]) -> None:
         axes.set_title(_short(variant).replace("\n", " "), fontsize=8)
         axes.set_xlabel("steps")
     panels[0].set_ylabel("held-out accuracy, %")
-    panels[0].legend(fontsize=7)
+    half.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def _draw_curve(axes: Axes, curve: Any, batch: int, line: str) -> None:
