@@ -21,7 +21,13 @@ import held_layers
 import replicated_layers
 import sharded_layers
 from bnstats.distributed import Peers
-from bnstats.errors import InvalidTypeError, InvalidValueError, NonFiniteStatisticsError, PeerError
+from bnstats.errors import (
+    InvalidTypeError,
+    InvalidValueError,
+    LayerMismatchError,
+    NonFiniteStatisticsError,
+    PeerError,
+)
 
 METHODS = ("pooled", "batch_average", "layerwise", "sweeps")
 device = torch.device("cpu")
@@ -84,6 +90,30 @@ def same_as_one_process(method):
         return model.cpu().state_dict(), [vars(s) for s in stats.values()]
 
     return scenario
+
+
+def a_prior_is_weighed_together(rank, world):
+    """Weights are those of one process with all samples, and every layer's are the same bits."""
+    source = bnstats.measure_population_stats(
+        network(), [torch.randn(50, 2, 8, 8, generator=torch.Generator().manual_seed(1))],
+        sync=False,
+    )  # fmt: skip
+    everything = [batch for part in shards(world) for batch in part]
+    stats = bnstats.measure_population_stats(network(), shards(world)[rank], prior=source)
+    alone = bnstats.measure_population_stats(network(), everything, prior=source, sync=False)
+    for name in alone:
+        for field in ("mean", "var", "mean_stderr", "var_stderr"):
+            expected = getattr(alone[name], field)
+            torch.testing.assert_close(getattr(stats[name], field), expected, rtol=1e-4, atol=1e-6)
+    other = bnstats.PopulationStats({name: source[name] for name in [*source][: 3 - rank % 2]})
+    if world > 1:
+        raises(
+            (LayerMismatchError, InvalidValueError, PeerError),
+            lambda: bnstats.measure_population_stats(
+                network(), shards(world)[rank], prior=other if rank else source
+            ),
+        )
+    return [(s.mean, s.var, s.mean_weight, s.var_weight) for s in stats.values()]
 
 
 def tolerance_is_decided_together(method):
@@ -446,6 +476,7 @@ SCENARIOS = {
     **{
         scenario.__name__: scenario
         for scenario in (
+            a_prior_is_weighed_together,
             all_without_a_batch_is_an_error_on_all,
             ddp_and_its_sampler,
             without_sync_each_has_its_own,

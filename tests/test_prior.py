@@ -204,6 +204,23 @@ def test_layers_about_zero_keep_their_mean():
     assert result.after[""].var_weight > 0.5
 
 
+def test_padding_counts_for_nothing():
+    x, layer = images(12), nn.BatchNorm2d(2)
+    valid = torch.zeros(12, 8, 8, dtype=torch.bool)
+    for i in range(12):
+        valid[i, : 1 + i % 8, : 8 - i % 5] = True
+    samples = [x[i : i + 1, :, : 1 + i % 8, : 8 - i % 5] for i in range(12)]
+    padded = torch.where(valid[:, None], x, 1e4)
+    masked = bnstats.measure_population_stats(
+        layer, [{"input": padded, "valid": valid}], forward=lambda model, b: model(b["input"]),
+        mask=lambda batch: batch["valid"],
+    )[""]  # fmt: skip
+    expected = bnstats.measure_population_stats(layer, samples)[""]
+    assert masked.num_samples == expected.num_samples == 12
+    torch.testing.assert_close(masked.mean, expected.mean)
+    torch.testing.assert_close(masked.sample_spread, expected.sample_spread, rtol=1e-4, atol=1e-4)
+
+
 def test_saving_and_merging_keep_the_spread_between_samples(tmp_path):
     x, layer = images(40), nn.BatchNorm2d(2)
     whole = bnstats.measure_population_stats(layer, x.split(10))

@@ -23,7 +23,7 @@ _LONGEST_ROW = 1024
 SHORTEST_ROW = 32
 """Values from which on a row's sum is fast."""
 
-_FEWEST_FAST = 2**17
+FEWEST_FAST = 2**17
 """Values from which on the fast sums, several operations, beat torch's one slow kernel."""
 
 _LARGEST_SQUARED_MEAN = 8.0
@@ -77,7 +77,7 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
         # Welford's algorithm in one launch.
         var, mean = torch.var_mean(x, other_axes(x), correction=0)
         return mean.to(wide), var.to(wide).mul_(x.numel() // x.shape[1])
-    if x.numel() < _FEWEST_FAST or not x.is_floating_point():
+    if x.numel() < FEWEST_FAST or not x.is_floating_point():
         return _exactly(x)
     fast = from_rows(x)
     return _exactly(x) if fast is None else fast

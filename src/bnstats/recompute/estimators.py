@@ -116,7 +116,7 @@ class Pooled:
         spread = self._spread.about(mean, biased)
         scale = (1 - fraction) * self._spread.bessel() / count.square()
         corrected = count / (count - self._correction)
-        of_samples = torch.full_like(spread, torch.nan)
+        of_samples = torch.zeros_like(spread)
         if self._samples is not None:
             of_samples = self._samples.about(mean, biased)
         return Estimate(
@@ -236,7 +236,7 @@ class Averaged:
             mean_var_cov=of_mean * spread[1, 2],
             spread=spread.permute(2, 0, 1),
             num_samples=torch.zeros_like(mean),
-            sample_spread=torch.full_like(spread, torch.nan).permute(2, 0, 1),
+            sample_spread=torch.zeros_like(spread).permute(2, 0, 1),
             mean_weight=torch.ones_like(mean),
             var_weight=torch.ones_like(mean),
         )

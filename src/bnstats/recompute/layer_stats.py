@@ -43,7 +43,7 @@ class LayerStats:
             known.
         num_samples: how many samples the spread between them is of; 0 where it was not taken.
         sample_spread: what ``spread`` is, with samples for units: entries of the first axis of the
-            layer's input. Values of one sample, its positions, are correlated; samples are not.
+            layer's input, whose positions are correlated; 0 where it was not taken.
         mean_weight: weight of the loader's mean against the prior's; 1 without a prior.
         var_weight: the same of the variance's logarithm.
 
@@ -63,7 +63,7 @@ class LayerStats:
     var_stderr: Tensor
     correction: int = 1
     eps: float = field(default=1e-5, kw_only=True)
-    # None is replaced by NaN.
+    # None is replaced by NaN, or by 0 for what is of no samples.
     mean_var_cov: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
     spread: Tensor = field(default=None, kw_only=True)  # type: ignore[assignment]
     num_samples: int = field(default=0, kw_only=True)
@@ -76,7 +76,8 @@ class LayerStats:
         shapes = dict.fromkeys(("spread", "sample_spread"), (channels, 3, 3))
         for name in ("mean_var_cov", "spread", "sample_spread"):
             if getattr(self, name) is None:
-                unknown = self.mean.new_full(shapes.get(name, (channels,)), torch.nan)
+                fill = 0 if name == "sample_spread" else torch.nan
+                unknown = self.mean.new_full(shapes.get(name, (channels,)), fill)
                 object.__setattr__(self, name, unknown)
         for name, value in vars(self).items():
             expected = shapes.get(name, (channels,))

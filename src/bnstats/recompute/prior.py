@@ -57,7 +57,7 @@ class Prior:
                 f"prior: layer '{layer.name}' has {stats.num_features} channels in the prior, and "
                 f"{layer.num_features} in the model"
             )
-        if stats.num_samples < 2 or stats.sample_spread.isnan().any():
+        if stats.num_samples < 2:
             raise InvalidValueError(
                 f"prior: layer '{layer.name}' comes without the spread between samples, from which "
                 "the weight is measured; expected what measure_population_stats(model, "

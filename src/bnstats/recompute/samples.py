@@ -7,7 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from bnstats.reduction import accumulator, cancels, short_rows, squares_of_rows, wide_dtype
+from bnstats.reduction import (
+    FEWEST_FAST,
+    accumulator,
+    cancels,
+    short_rows,
+    squares_of_rows,
+    wide_dtype,
+)
 
 
 def moments_of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,10 +27,12 @@ def moments_of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
     if count == 1 or x.numel() == 0:
         mean = x.flatten(1).to(wide) if count == 1 else x.new_zeros(x.shape[:2], dtype=wide)
         return mean, torch.zeros_like(mean)
-    rows = short_rows(x) if x.is_floating_point() else None
+    if x.device.type == "cpu" and (x.numel() < FEWEST_FAST or not x.is_floating_point()):
+        return _exactly(x)
+    rows = short_rows(x)
     if x.device.type != "cpu" or rows is None:
         axes = list(range(2, x.dim()))
-        x = x.to(torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else wide)
+        x = x.to(accumulator(x) if x.is_floating_point() else wide)
         var, mean = torch.var_mean(x, axes, correction=0)
         return mean.to(wide), var.to(wide).mul_(count)
     total = _per_sample(rows.sum(-1, dtype=accumulator(x)))
@@ -33,11 +42,17 @@ def moments_of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
     cancelling = cancels(squares.sum(0), m2.sum(0))
     if cancelling.any().item():
         channels = cancelling.nonzero().squeeze(1)
-        values = x.index_select(1, channels).flatten(2).double()
-        exact = values.mean(2)
-        mean.index_copy_(1, channels, exact)
-        m2.index_copy_(1, channels, values.sub_(exact[:, :, None]).square_().sum(2))
+        exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
+        mean.index_copy_(1, channels, exact_mean)
+        m2.index_copy_(1, channels, exact_m2)
     return mean, m2
+
+
+def _exactly(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Take two passes in float64."""
+    values = x.flatten(2).double()
+    mean = values.mean(2)
+    return mean, (values - mean[:, :, None]).square_().sum(2)
 
 
 def masked_moments_of_samples(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

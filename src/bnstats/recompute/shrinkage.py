@@ -77,7 +77,8 @@ def shrink(source: LayerStats, loader: Estimate, eps: float) -> Shrunk:
         var_stderr=(var_weight * var_error).sqrt() * weighted_square,
         mean_var_cov=unknown,
         spread=torch.full_like(loader.spread, torch.nan),
-        sample_spread=torch.full_like(loader.spread, torch.nan),
+        num_samples=torch.zeros_like(shift),  # of what is mixed it is not known
+        sample_spread=torch.zeros_like(loader.spread),
         mean_weight=mean_weight.expand_as(shift),
         var_weight=var_weight.expand_as(shift),
     )
