@@ -141,9 +141,14 @@ class ObservedLayer:
         if self.about_zero:
             m2s = m2s + counts * means.square()
             means = torch.zeros_like(means)
-        count = int(counts.sum() if isinstance(counts, Tensor) else counts * len(means))
-        mean = (counts * means).sum(0) / max(count, 1)
-        m2 = (m2s + counts * (means - mean).square()).sum(0)
+        if isinstance(counts, Tensor):
+            count = int(counts.sum())
+            mean = (counts * means).sum(0) / max(count, 1)
+            m2 = (m2s + counts * (means - mean).square()).sum(0)
+        else:
+            count = int(counts * len(means))
+            mean = means.sum(0) / max(len(means), 1)
+            m2 = m2s.sum(0).add_((means - mean).square_().sum(0), alpha=counts)
         samples = state_of_samples(means, m2s, counts, reference.to(means.device))
         return LayerMoments(count, mean, m2, samples)
 

@@ -51,17 +51,14 @@ def state_of_samples(mean: Tensor, m2: Tensor, count: Number, reference: Tensor)
     u = mean - reference
     if isinstance(count, Tensor):
         q = (m2 / count.clamp(min=1)).addcmul_(u, u)
-        weight: Number = count.square()
-        num_units, sum_of_weights = (count > 0).sum(), count.square().sum()
-    else:
-        q = (m2 / max(count, 1)).addcmul_(u, u)
-        weight = count**2
-        num_units = sum_of_weights = mean.new_tensor(len(mean) if count else 0)
-        sum_of_weights = sum_of_weights * weight
-    products = (u, q, u.square(), u * q, q.square())
-    ones = torch.ones_like(reference)
-    sums = [(weight * x).sum(0) for x in products]
-    return torch.stack([num_units * ones, reference, sum_of_weights * ones, *sums])
+        weights = count.square()
+        of_one, num_units = weights.sum().expand_as(reference), (count > 0).sum()
+        sums = [of_one, *((weights * x).sum(0) for x in (u, q, u * u, u * q, q * q))]
+        return torch.stack([num_units.expand_as(reference), reference, *sums])
+    q = (m2 / max(count, 1)).addcmul_(u, u)
+    num_units = torch.full_like(reference, len(mean) if count else 0)
+    sums = [num_units, *(x.sum(0) for x in (u, q, u * u, u * q, q * q))]
+    return torch.cat([torch.stack([num_units, reference]), torch.stack(sums).mul_(count**2)])
 
 
 def merged_states(state: Tensor, other: Tensor) -> Tensor:
