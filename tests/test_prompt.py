@@ -28,6 +28,7 @@ def values():
     result = bnstats.recompute_population_stats(model, batches)
     error = bnstats.estimate_running_error(result.after)
     return {
+        "Diagnosis": bnstats.diagnose(model, batches),
         "Recalibration": result,
         "PopulationStats": result.after,
         "LayerStats": result.after["0"],
