@@ -158,6 +158,12 @@ def test_layers_are_found_frozen_by_their_counters_and_momentum(digits):
     assert "its momentum is 0" in str(bnstats.diagnose(model, batches(digits.train)))
 
 
+def test_layers_that_were_frozen_on_purpose_are_left_out_and_named():
+    model = networks.trained()
+    bnstats.freeze_statistics(model, include=lambda name, _: name == "5")
+    assert "1 frozen layers were left out: '5'" in str(bnstats.diagnose(model, networks.uneven()))
+
+
 def test_weights_that_are_nan_are_not_the_batch_norms_fault():
     model = networks.trained()
     model[0].weight.data.fill_(float("nan"))

@@ -129,8 +129,8 @@ def _lag(off: Mapping[str, Case], _: Mapping[str, Case]) -> Finding | None:
     worst = _worst(off)
     return verdict.AVERAGES_LAG, (
         f"{_layers(off)}: '{worst}' is {off[worst].distance} off, where the spread between batches "
-        f"explains {off[worst].explained.expected:.2f}: its averages are of earlier weights, or of "
-        "other data than the loader's"
+        f"explains {off[worst].explained.expected:.2f}: its averages are of earlier weights, of "
+        "other data than the loader's, or of values under dropout or stochastic depth"
     )
 
 

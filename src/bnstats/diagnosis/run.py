@@ -192,6 +192,8 @@ class _Examination:
             )
         metrics = {name: summarize(x) for name, x in values.items()}
         found, evidence = weigh(cases, values, population, of_target, expected)
+        if left := population.frozen:
+            evidence.append(f"{len(left)} frozen layers were left out: {first_names(left)}")
         return _diagnosis(found, *evidence, drift=drift, metrics=metrics)
 
     def _measure(self, loader: Iterable[Any]) -> PopulationStats:
