@@ -41,7 +41,16 @@ Task: TypeAlias = tuple[Cell, int]
 
 KINDS = {"running": "running averages", "pooled": "pooled", "layerwise": "layerwise"}
 TABLES = {"pretrained": (PRETRAINED, 60), "from_scratch": (FROM_SCRATCH, 400)}
-"""The README's tables: of which network, trained for how many steps."""
+"""The tables: of which network, trained for how many steps."""
+
+FIRST = tuple(
+    f"{layer}, momentum {momentum}"
+    for layer, momentum in [
+        *(("BatchNorm", 0.01), ("BatchNorm", 0.1)),
+        *(("EMABatchNorm", 0.1), ("RenormBatchNorm", 0.1)),
+    ]
+)
+"""The layers on the README's first screen, at the extremes of the batch."""
 
 
 def measure(run: Run) -> list[Row]:
@@ -63,6 +72,9 @@ def measure(run: Run) -> list[Row]:
         lines = table(cells, network, steps)
         if len(lines) > 1:
             report.write_table(run.folder / f"{name}_table.md", "pretrained", lines, _note(done))
+            if name == "pretrained":
+                path = run.folder / f"{name}_first_table.md"
+                report.write_table(path, "pretrained", _first(lines), _note(done))
     if cells and not run.quick:
         figure_of(cells).savefig(run.folder / "pretrained.png", dpi=100)
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
@@ -164,6 +176,15 @@ def table(cells: dict[Cell, list[Training]], network: str, steps: int) -> list[l
                 [cell.variant, str(cell.batch), *figures, f"{better} of {_seeds(trainings)}"]
             )
     return lines
+
+
+def _first(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Return the header and the rows of the first screen, without the last two columns."""
+    header, *rows = lines
+    batches = [int(row[1]) for row in rows]
+    extremes = {str(max(batches)), str(min(batches))}
+    chosen = [row for row in rows if row[1] in extremes and row[0] in FIRST]
+    return [row[:4] for row in (header, *chosen)]
 
 
 def _figure(trainings: Sequence[Training], kind: str) -> str:

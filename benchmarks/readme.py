@@ -1,4 +1,4 @@
-"""The README's tables: every promise, as the results keep it, and those that a benchmark wrote."""
+"""The READMEs' tables: every promise, as the results keep it, and those that a benchmark wrote."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from pathlib import Path
 from benchmarks import report
 from benchmarks.rows import Row
 
-README = Path(__file__).parent.parent / "README.md"
+READMES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "README.md")
 PROMISED = [
     *("layers", "moving_average", "operators", "recompute", "layerwise"),
-    *("memory", "import", "merges", "drift"),
+    *("memory", "import", "merges", "drift", "masks", "renorm", "observe", "prior"),
 ]
 HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what memory allows"]
 
 
-def rewrite(results: Path, readme: Path = README) -> None:
-    """Put the tables of these results between their marks in the README."""
-    text = readme.read_text()
-    for name, table in tables(results, text).items():
-        begin, end = marks(name)
-        new = f"{begin}\n\n{table}\n\n{end}"
-        text = re.sub(f"{begin}.*{end}", lambda _, new=new: new, text, flags=re.DOTALL)
-    readme.write_text(text)
+def rewrite(results: Path, readmes: Iterable[Path] = READMES) -> None:
+    """Put the tables of these results between their marks in the READMEs."""
+    for readme in readmes:
+        text = readme.read_text()
+        for name, table in tables(results, text).items():
+            begin, end = marks(name)
+            new = f"{begin}\n\n{table}\n\n{end}"
+            text = re.sub(f"{begin}.*{end}", lambda _, new=new: new, text, flags=re.DOTALL)
+        readme.write_text(text)
 
 
 def marks(name: str) -> tuple[str, str]:

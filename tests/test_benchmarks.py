@@ -82,7 +82,7 @@ def test_the_readme_changes_between_its_marks_only(load, tmp_path):
     own_begin, own_end = readme.marks("pitch")
     page.write_text(f"before\n{begin}\nold\n{end}\nbetween{own_begin}{own_end}\nafter\n")
     (tmp_path / "pitch_table.md").write_text("| a | b |\n")
-    readme.rewrite(tmp_path, page)
+    readme.rewrite(tmp_path, [page])
     table = readme.performance(tmp_path)
     assert page.read_text() == (
         f"before\n{begin}\n\n{table}\n\n{end}\nbetween{own_begin}\n\n| a | b |\n\n{own_end}"

@@ -40,7 +40,6 @@ def values():
         "BatchStatsRecord": record,
         "LayerRecord": record["0"],
         "Observation": seen,
-        "Diagnosis": bnstats.diagnose(model, batches),
         "errors": error,
         "RunningError": error["0"],
         "Moments": bnstats.Moments.from_batch(batches[0]),

@@ -1,8 +1,13 @@
 """The README's examples run, and its commands are those of CI."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
+
+import pytest
+
+import bnstats
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,12 +28,38 @@ def test_ci_runs_the_readmes_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_tables_are_what_the_results_say(monkeypatch):
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "benchmarks" / "README.md"], ids=str)
+def test_the_tables_are_what_the_results_say(page, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     readme = importlib.import_module("benchmarks.readme")
-    marked = set(re.findall(r"<!-- (\w+): begin -->", README))
-    tables = readme.tables(ROOT / "benchmarks" / "results" / "cpu", README)
-    assert marked == tables.keys() >= {"performance"}
+    text = page.read_text()
+    tables = readme.tables(ROOT / "benchmarks" / "results" / "cpu", text)
+    assert tables
+    assert set(re.findall(r"<!-- (\w+): begin -->", text)) == tables.keys()
     for name, table in tables.items():
         begin, end = readme.marks(name)
-        assert README.split(begin)[1].split(end)[0].strip() == table.strip(), name
+        assert text.split(begin)[1].split(end)[0].strip() == table.strip(), name
+
+
+def test_every_public_name_and_option_is_listed_with_a_link_to_its_docstring():
+    rows = README.split("## Every public name")[1].split("\n## ")[0].splitlines()
+    listed = {}
+    for row in rows:
+        if found := re.match(r"\| \[(.*?)\]\((.*?)\) \| (.*?) \| ", row):
+            names, path, options = found.groups()
+            assert (ROOT / path).is_file(), path
+            base, *dims = re.findall(r"`(\w+)`", names)
+            for name in [base, *(re.sub("1d$", "", base) + dim for dim in dims)]:
+                listed[name] = (ROOT / path, options)
+    assert listed.keys() == set(bnstats.__all__)
+    for name, (path, options) in listed.items():
+        value = getattr(bnstats, name)
+        assert name.rstrip("123d") in path.read_text(), f"{name} is not in {path}"
+        if not isinstance(value, type):
+            for option in inspect.signature(value).parameters.values():
+                assert f"`{option.name}" in options, f"{name}: {option.name}"
+
+
+def test_links_lead_to_files_that_are_there():
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", README):
+        assert (ROOT / link).exists(), link
