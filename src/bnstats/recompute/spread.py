@@ -20,8 +20,8 @@ STATE_ROWS = 2 + len(_PRODUCTS)
 def _symmetric(kept: Tensor) -> Tensor:
     """Return the matrix, (3, 3, C), of these entries, (6, C)."""
     positions = [_PRODUCTS.index((min(i, j), max(i, j))) for i in range(3) for j in range(3)]
-    matrix: Tensor = kept[positions]
-    return matrix.view(3, 3, *kept.shape[1:])
+    # (Not by the list: a device would wait for a copy of it.)
+    return torch.stack([kept[i] for i in positions]).view(3, 3, *kept.shape[1:])
 
 
 def change(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Tensor:
@@ -129,10 +129,11 @@ class Spread:
         linear in what they were, so the matrix changes by that map on both sides.
         """
         num_units, reference, sums = state[0], state[1], state[2:]
-        if not self.num_units.any():
+        on_cpu = state.is_cpu  # where these shortcuts can be asked for at no cost
+        if on_cpu and not self.num_units.any():
             self.num_units, self.reference, self._sums = num_units, reference, sums.clone()
             return
-        if not torch.equal(reference, self.reference):
+        if not (on_cpu and torch.equal(reference, self.reference)):
             self.reference = torch.where(self.num_units == 0, reference, self.reference)
             shift = torch.where(num_units == 0, 0, reference - self.reference)
             matrix = self._refer(_symmetric(sums), shift, torch.zeros_like(shift))
