@@ -209,7 +209,7 @@ BAD_ARGUMENTS = {
         ("mean",),
         {},
         InvalidValueError,
-        "'ema', 'cumulative', 'moving_average'.*'mean'",
+        "'ema', 'cumulative', 'renorm', 'moving_average'.*'mean'",
     ),
     "the way back": (("plain",), {}, InvalidValueError, "revert_batchnorm"),
     "a class": ((bnstats.EMABatchNorm2d,), {}, InvalidTypeError, "to: expected one of"),
