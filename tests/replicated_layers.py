@@ -155,7 +155,7 @@ def distributed_data_parallel_trains_as_one_process(family, broadcast_buffers):
 
 
 def options_of(family):
-    return {**SHORT, "center": False} if family.name == "moving_average" else {}
+    return {**SHORT, "center": False} if family.name == "moving_average" else family.options
 
 
 def compiled_layers_exchange_too(family):

@@ -221,7 +221,9 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         """Normalize by the values that a mask leaves, and by those of other processes."""
         weight, bias = self._wide_parameters(input.dtype)
         dtype = torch.float32 if input.dtype in HALF else input.dtype
-        if batch.replicas is None and (is_traced() or not only_reverse_mode()):
+        count: int | Tensor
+        plain = type(input) is Tensor and not is_traced() and only_reverse_mode()
+        if batch.replicas is None and not plain:
             z, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()
             weight, bias = self._scale_and_shift(weight, bias, mean, var)
@@ -235,12 +237,19 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             output = normalize_batch(input, weight, bias, mean, var, self.eps, batch, count)
         if tracks and not in_backward_pass():
             with unseen():
-                unbiased = torch.where(count > 1, var * count / (count - 1), torch.nan)
-                if not on_host(count):
-                    self._track_on_device(mean, unbiased, count)
-                elif count > 0:
-                    self._track_on_host(mean, unbiased, int(count))
+                self._track(mean, var, count)
         return output
+
+    def _track(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
+        """Move the running statistics by a batch's mean and biased variance."""
+        if not isinstance(count, Tensor):
+            self._track_on_device(mean, var * (count / max(count - 1, 1)), count)
+            return
+        unbiased = torch.where(count > 1, var * count / (count - 1), torch.nan)
+        if not on_host(count):
+            self._track_on_device(mean, unbiased, count)
+        elif count > 0:
+            self._track_on_host(mean, unbiased, int(count))
 
     def _scale_and_shift(
         self,
