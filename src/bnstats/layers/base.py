@@ -13,7 +13,12 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
-from bnstats.layers.given_moments import by_definition, normalize_batch, scale_and_shift
+from bnstats.layers.given_moments import (
+    by_definition,
+    normalize,
+    normalize_batch,
+    scale_and_shift,
+)
 from bnstats.layers.replicas import Replicas
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
@@ -228,6 +233,11 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             mean, var = mean.detach(), var.detach()
             weight, bias = self._scale_and_shift(weight, bias, mean, var)
             output = scale_and_shift(z, weight, bias).to(input.dtype)
+        elif batch.is_whole:
+            count = input.numel() // self.num_features
+            mean, var = batch_norm_cpu.moments(input.detach(), dtype)
+            weight, bias = self._scale_and_shift(weight, bias, mean, var)
+            output = normalize(input, weight, bias, mean, var, self.eps)
         else:
             count, mean, m2 = batch.moments(input)
             if on_host(count):
@@ -243,7 +253,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
     def _track(self, mean: Tensor, var: Tensor, count: int | Tensor) -> None:
         """Move the running statistics by a batch's mean and biased variance."""
         if not isinstance(count, Tensor):
-            self._track_on_device(mean, var * (count / max(count - 1, 1)), count)
+            track = self._track_on_host if on_host(mean) else self._track_on_device
+            track(mean, var * (count / max(count - 1, 1)), count)
             return
         unbiased = torch.where(count > 1, var * count / (count - 1), torch.nan)
         if not on_host(count):

@@ -27,6 +27,11 @@ class Batch(NamedTuple):
     replicas: Replicas | None = None
     where: str = "batch norm"
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the input, and no more."""
+        return self.mask is None and self.replicas is None
+
     def moments(self, x: Tensor, *, about_zero: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Return number, mean and sum of squared deviations of the values.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnstats.layers.given_moments import normalize
 from bnstats.private import only_reverse_mode
-from bnstats.reduction import SHORTEST_ROW, from_rows
+from bnstats.reduction import SHORTEST_ROW, from_rows, mean_and_m2
 
 _FEWEST_VALUES = 2**18
 """Values of an input from which on the sums over rows are faster than torch's kernel."""
@@ -26,10 +26,12 @@ def batch_norm(
     Returns:
         The output, and the batch's mean and unbiased variance: vectors like the one given.
     """
-    fast = _fast_moments(x, like)
+    fast = _fast_moments(x, like.dtype)
     if fast is not None:
-        mean, var, unbiased = fast
-        return normalize(x, weight, bias, mean, var, eps), mean, unbiased
+        mean, var = fast
+        count = x.numel() // x.shape[1]
+        output = normalize(x, weight, bias, mean, var, eps)
+        return output, mean, var * (count / (count - 1))
     # With momentum 1 the kernel leaves the batch's own statistics here: no second pass over x.
     # Autograd keeps them, so they are not written to afterwards. F.batch_norm calls the same
     # kernel, after checks that are done: they cost 2 microseconds.
@@ -39,27 +41,25 @@ def batch_norm(
 
 
 @torch.no_grad()
-def moments(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean, and the biased and the unbiased variance: vectors like the one given."""
-    fast = _fast_moments(x, like)
-    if fast is not None:
-        return fast
-    mean, var = torch.batch_norm_update_stats(x.to(like.dtype), None, None, 0.0)
-    count = x.numel() // x.shape[1]
-    return mean, var, var * (count / (count - 1))
+def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the mean and the biased variance of each channel, on any device."""
+    if x.is_cpu:
+        fast = _fast_moments(x, dtype)
+        return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0) if fast is None else fast
+    mean, m2 = mean_and_m2(x)
+    return mean.to(dtype), (m2 / (x.numel() // x.shape[1])).to(dtype)
 
 
 @torch.no_grad()
-def _fast_moments(x: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _fast_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
     """Return what :func:`moments` does from sums over rows, where they are faster."""
-    if x.numel() < _FEWEST_VALUES or not _has_fast_sums(x, like.dtype):
+    if x.numel() < _FEWEST_VALUES or not _has_fast_sums(x, dtype):
         return None
     sums = from_rows(x)
     if sums is None:
         return None
-    count = x.numel() // x.shape[1]
-    mean, var = sums[0].to(x.dtype), sums[1].div_(count).to(x.dtype)
-    return mean, var, var * (count / (count - 1))
+    mean, m2 = sums
+    return mean.to(dtype), m2.div_(x.numel() // x.shape[1]).to(dtype)
 
 
 def _has_fast_sums(x: Tensor, dtype: torch.dtype) -> bool:

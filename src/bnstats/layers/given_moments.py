@@ -42,8 +42,6 @@ def normalize_batch(
     count: Tensor,
 ) -> Tensor:
     """Normalize x by the mean and biased variance of a batch of ``count`` values."""
-    if batch.mask is None and batch.replicas is None:
-        return normalize(x, weight, bias, mean, var, eps)
     arguments = (x, weight, bias, mean, var, eps, batch.mask, count, batch.replicas)
     output: Tensor = _Normalize.apply(*arguments)  # type: ignore[no-untyped-call]
     return output

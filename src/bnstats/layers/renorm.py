@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_integer, check_limit
 from bnstats.layers.batch import Batch
 from bnstats.layers.ema import EMABatchNorm
-from bnstats.layers.given_moments import normalize
 from bnstats.layers.recall import Recall
-from bnstats.layers.tracking import HALF
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_and_m2
@@ -128,26 +125,17 @@ class RenormBatchNorm(EMABatchNorm):
         if batch is None and (self._count_values(input) == 0 or self._warms_up(input)):
             return super()._forward_training(input, running_mean)
         moves = self.momentum != 0 and not self._held
-        if batch is not None or not on_host(input):
-            whole = Batch() if batch is None else batch
-            return self._forward_batch(input, whole, tracks=moves)
-        like = running_mean.float() if running_mean.dtype in HALF else running_mean
-        mean, var, unbiased = batch_norm_cpu.moments(input.detach(), like)
-        weight, bias = self._wide_parameters(running_mean.dtype)
-        weight, bias = self._scale_and_shift(weight, bias, mean, var)
-        output = normalize(input, weight, bias, mean, var, self.eps)
-        if moves and not in_backward_pass():
-            self._track_on_host(mean, unbiased, input.numel() // self.num_features)
-        return output
+        return self._forward_batch(input, Batch() if batch is None else batch, tracks=moves)
 
     def _warms_up(self, input: Tensor) -> bool:
         """Whether this forward, or the one that it repeats, is one of nn.BatchNorm's."""
         counter = self._buffers["num_batches_tracked"]
-        if counter is None or not on_host(input):
-            return False
-        if int(counter) < self.warmup or not in_backward_pass():
-            return int(counter) < self.warmup
-        return self._corrections.begins_after(mean_and_m2(input.detach())[0])
+        with unseen():
+            if counter is None or not on_host(counter):
+                return False
+            if int(counter) < self.warmup or not in_backward_pass():
+                return int(counter) < self.warmup
+            return self._corrections.begins_after(mean_and_m2(input.detach())[0])
 
     def _scale_and_shift(
         self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
