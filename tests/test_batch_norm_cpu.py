@@ -30,7 +30,7 @@ def taken(monkeypatch):
 @pytest.fixture
 def served(monkeypatch):
     """Says how often they served."""
-    return calls_of("_by_given_moments", monkeypatch)
+    return calls_of("normalize", monkeypatch)
 
 
 def twins(shape, family="EMA", dtype=torch.float32, **options):

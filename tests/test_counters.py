@@ -20,7 +20,7 @@ WINDOWS = {"window": 4, "warmup": 3, "renorm_warmup": 6}
 
 
 def make(family, **options):
-    if not family.batch_statistics:
+    if family.name == "moving_average":
         options = {**WINDOWS, **options}
     return family.make(2, **options)
 

@@ -25,6 +25,7 @@ pytestmark = [
 
 NOT_TRACKING = "its windows are running statistics: track_running_stats=False is refused"
 NO_DERIVATIVE = "its gradient is, on purpose, not the derivative of its output"
+CONSTANTS = "its gradient takes r and d for constants, on purpose"
 EPS_BELOW_ZERO = "eps below 0 is refused when the layer is made, not in its first forward"
 
 WIDE = "a half layer's window, and the exact statistics of any, keep their digits"
@@ -35,6 +36,8 @@ DOES_NOT_APPLY = {
     ("moving_average", "not_tracking_stats", "every test"): NOT_TRACKING,
     ("moving_average", "every entry", "gradcheck in training"): NO_DERIVATIVE,
     ("moving_average", "every entry", "gradgradcheck in training"): NO_DERIVATIVE,
+    ("renorm", "every entry", "gradcheck in training"): CONSTANTS,
+    ("renorm", "every entry", "gradgradcheck in training"): CONSTANTS,
     ("every family", "negative eps", "errors"): EPS_BELOW_ZERO,
 }
 
@@ -280,6 +283,11 @@ class TestWhatDoesNotApply:
         layer = FAMILIES[2].make(1, window=2, warmup=0, dtype=torch.float64)
         for x in torch.randn(4, 4, 3, dtype=torch.float64):
             layer(x).square().sum().backward()
+        x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+        assert not gradcheck(lambda x: copy.deepcopy(layer)(x), x, raise_exception=False)
+
+    def test_nor_is_that_of_renormalization(self):
+        layer = FAMILIES[3].make(1, warmup=0, ramp=0, dtype=torch.float64)
         x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
         assert not gradcheck(lambda x: copy.deepcopy(layer)(x), x, raise_exception=False)
 

@@ -126,7 +126,7 @@ __all__ = [
     "thaw_statistics",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __dir__() -> list[str]:
