@@ -30,12 +30,14 @@ def figure_of(cells: Mapping[Cell, Sequence[Training]]) -> Figure:
 
 def _draw_seeds(half: Any, cells: Mapping[Cell, Sequence[Training]]) -> None:
     half.suptitle(
-        f"EfficientNet-Lite0, {STEPS} steps on photographs; a line a seed, from running averages "
+        f"EfficientNet-Lite0, {STEPS} steps on pictures; a line a seed, from running averages "
         "to population statistics",
         weight="bold",
     )
     batches = sorted({cell.batch for cell in cells}, reverse=True)
-    panels = half.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    variants = [sum(cell.batch == batch for cell in cells) for batch in batches]
+    grid = {"width_ratios": variants}  # as much room for each name
+    panels = half.subplots(1, len(batches), sharey=True, squeeze=False, gridspec_kw=grid)[0]
     for axes, batch in zip(panels, batches, strict=True):
         here = {cell: done for cell, done in cells.items() if cell.batch == batch}
         for place, trainings in enumerate(here.values()):
@@ -46,7 +48,7 @@ def _draw_seeds(half: Any, cells: Mapping[Cell, Sequence[Training]]) -> None:
                 axes.plot(places[:1], ends[:1], markersize=4, **RUNNING)
                 axes.plot(places[1:], ends[1:], markersize=4, **POPULATION)
         names = [_short(cell.variant) for cell in here]
-        axes.set_xticks(range(len(names)), names, fontsize=7)
+        axes.set_xticks(range(len(names)), names, fontsize=6)
         axes.set_title(f"normalized over {batch}")
     panels[0].set_ylabel("held-out accuracy, %")
 
