@@ -139,9 +139,12 @@ def _gradients(
     through_moments = torch.addcmul(
         _along_channels(average - slope * mean, x), x, _along_channels(slope, x)
     )
-    if mask is not None:
-        through_moments.mul_(mask.to(through_moments.dtype))
-    return through_moments.neg_().add_(direct).to(x.dtype), grad_weight, grad_bias
+    direct = direct.to(through_moments.dtype)
+    if mask is None:
+        grad_x = direct.sub_(through_moments)
+    else:
+        grad_x = direct.addcmul_(through_moments, mask.to(direct.dtype), value=-1)
+    return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
 def _differentiable_gradients(
