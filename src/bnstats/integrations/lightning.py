@@ -10,7 +10,7 @@ try:
     from lightning.pytorch import Callback, LightningModule
 except ImportError:  # the same under the name that it is published under as well
     try:
-        from pytorch_lightning import (  # type: ignore[no-redef, unused-ignore]
+        from pytorch_lightning import (  # type: ignore[assignment, no-redef, unused-ignore]
             Callback,
             LightningModule,
         )
