@@ -146,6 +146,18 @@ def test_half_inputs_have_statistics_in_float32(family, half):
     torch.testing.assert_close(layer.running_var, twin.running_var, rtol=1e-5, atol=1e-6)
 
 
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_half_layers_take_masks_with_inputs_that_they_take_without(family, dtype):
+    layer, x = make(family).half(), torch.randn(4, 3, 7).to(dtype).requires_grad_()
+    twin = copy.deepcopy(layer).float()
+    y = layer(x, mask=VALID)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), twin(x.float(), mask=VALID), rtol=2e-3, atol=2e-3)
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
 WAYS = {
     "checkpoint": lambda layer, x, mask: checkpoint(layer, x, mask, use_reentrant=False),
     "reentrant checkpoint": lambda layer, x, mask: checkpoint(layer, x, mask, use_reentrant=True),

@@ -14,7 +14,7 @@ The map:
   population statistics of its data; :func:`measure_population_stats` only measures, and
   :func:`observe` does so in forwards that you run.
 - :func:`hold_statistics`: training forwards that move no statistics.
-  :func:`freeze_statistics`: layers that normalize with theirs whatever mode the model is in,
+  :func:`freeze_statistics`: layers that normalize with theirs in every mode of the model,
   until :func:`thaw_statistics`.
 - :func:`diagnose`: is it the batch norm? One verdict, its evidence, and the line that mends it.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,

@@ -1,4 +1,4 @@
-"""Layers that normalize with their running statistics whatever mode the model is in."""
+"""Layers that normalize with their running statistics in every mode of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze_statistics(model: M, include: Include | None = None) -> M:
-    """Normalize with the running statistics whatever ``model.train()`` says, in place.
+    """Normalize with the running statistics, also after ``model.train()``, in place.
 
     Fine-tuning on few images, or on batches too small for statistics of their own, keeps those
     that the model came with. Frozen layers stay in evaluation mode: running statistics and

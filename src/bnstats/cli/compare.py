@@ -61,7 +61,7 @@ def _aligned(
 ) -> dict[str, RunningStats]:
     """Return the first file's statistics under the other's names.
 
-    Names may have something before them that the other's have not, a wrapper's key for one.
+    One side's names may have a prefix, for example a wrapper's key.
     """
     taken = None
     for prefix in common_prefixes(other, mine):

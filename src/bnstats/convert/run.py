@@ -92,7 +92,7 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
       Every convolution (no transposed one) becomes its centered twin, and every ``nn.Linear``
       whose output goes straight into a converted layer: by the graph that torch.fx traces, or,
       where it cannot trace the model, as neighbours in an ``nn.Sequential``. One whose class
-      has a forward of its own, "same" padding for example, becomes of a class derived from its
+      has a forward of its own, "same" padding for example, gets a class derived from its
       own, whose forward reads ``self.weight`` centered. A layer with a
       single weight to an output stays: centered, it would be 0. A trained model evaluates
       differently then, and is to be trained further.

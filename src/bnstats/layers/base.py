@@ -178,7 +178,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         like = running_mean
         if like.dtype in HALF:
             like = like.float()
-        weight, bias = self._wide_parameters(running_mean.dtype)
+        weight, bias = self._wide_parameters()
         # A batch of no values has no statistics.
         moves = count > 0 and self.momentum != 0 and not self._held
         if count > 0 and on_host(input):
@@ -201,14 +201,17 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
                 track(mean, var, count)
         return output.to(input.dtype)
 
-    def _wide_parameters(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """Return weight and bias, in float32 where the batch's statistics must not be half."""
+    def _wide_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias, half ones in float32.
+
+        The batch's statistics come out in the parameters' dtype; half is too coarse.
+        """
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
-        if dtype in HALF:
-            # The batch's statistics come out in the parameters' dtype; half is too coarse.
-            weight = None if weight is None else weight.float()
-            bias = None if bias is None else bias.float()
+        if weight is not None and weight.dtype in HALF:
+            weight = weight.float()
+        if bias is not None and bias.dtype in HALF:
+            bias = bias.float()
         return weight, bias
 
     def _count_values(self, input: Tensor) -> int:
@@ -224,7 +227,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
 
     def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
         """Normalize by the values that a mask leaves, and by those of other processes."""
-        weight, bias = self._wide_parameters(input.dtype)
+        weight, bias = self._wide_parameters()
         dtype = torch.float32 if input.dtype in HALF else input.dtype
         count: int | Tensor
         plain = type(input) is Tensor and not is_traced() and only_reverse_mode()

@@ -92,7 +92,7 @@ class _Normalize(torch.autograd.Function):
         replicas: Replicas | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, mask, count)
-        ctx.eps, ctx.replicas, ctx.has_bias = eps, replicas, bias is not None
+        ctx.eps, ctx.replicas = eps, replicas
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod

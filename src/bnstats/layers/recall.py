@@ -108,9 +108,12 @@ def _too_long_ago() -> InvalidValueError:
 def _same(key: Tensor, value: Tensor, identity: int) -> Tensor:
     if torch.compiler.is_compiling():  # an export: nothing runs again there
         return value
+    recall = _LIVING.get(identity)
+    if recall is None:  # a trace that has outlived its layer, in another process for one
+        return value
     if in_backward_pass():
-        return _LIVING[identity].find(key)
-    _LIVING[identity].remember(key, value)
+        return recall.find(key)
+    recall.remember(key, value)
     return value
 
 
