@@ -23,7 +23,7 @@ _LONGEST_ROW = 1024
 SHORTEST_ROW = 32
 """Values from which on a row's sum is fast."""
 
-FEWEST_FAST = 2**17
+FEWEST_FAST = 2**16
 """Values from which on the fast sums, several operations, beat torch's one slow kernel."""
 
 _LARGEST_SQUARED_MEAN = 8.0
@@ -31,7 +31,9 @@ _LARGEST_SQUARED_MEAN = 8.0
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
 _FEWEST_SAMPLES = 8
-"""Samples from which on looking at the first one, to see whether the sums cancel, is cheap."""
+_FEWEST_LOOKED_AT = 2**21
+"""Samples and values from which on the first sample is looked at, to see whether the sums will
+cancel: with fewer, that costs more than it saves."""
 
 _CACHED = 2**17
 """Values that stay in a core's cache."""
@@ -139,26 +141,38 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     rows = short_rows(x)
     if rows is None:
         return None
-    shift = _shift(x, rows)
-    if shift is None:
-        total, squares = _sums(rows)
-    else:
-        total, squares = _sums_about(x, shift)
-    count = x.numel() // x.shape[1]
-    mean = total / count
-    m2 = torch.addcmul(squares, total, mean, value=-1)
-
-    cancelling = cancels(squares, m2)
-    if shift is not None:
-        mean = mean + shift
-    if cancelling.any().item():
-        channels = cancelling.nonzero().squeeze(1)
-        if len(channels) > x.shape[1] // 4:
+    shift = _shift(x, rows) if x.numel() >= _FEWEST_LOOKED_AT else None
+    mean, m2, cancelling = _from_sums(x, rows, shift)
+    if cancelling is None:
+        return mean, m2
+    if shift is None and _are_many(cancelling) and x.is_contiguous():
+        mean, m2, cancelling = _from_sums(x, rows, mean.to(x.dtype))
+    if cancelling is not None:
+        if _are_many(cancelling):
             return None
+        channels = cancelling.nonzero().squeeze(1)
         exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
         mean.index_copy_(0, channels, exact_mean)
         m2.index_copy_(0, channels, exact_m2)
     return mean, m2
+
+
+def _from_sums(
+    x: Tensor, rows: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return mean, m2, and which channels' sums about the shift cancel; None if none do."""
+    total, squares = _sums(rows) if shift is None else _sums_about(x, shift)
+    mean = total / (x.numel() // x.shape[1])
+    m2 = torch.addcmul(squares, total, mean, value=-1)
+    if shift is not None:
+        mean = mean + shift
+    cancelling = cancels(squares, m2)
+    return mean, m2, cancelling if cancelling.any().item() else None
+
+
+def _are_many(channels: Tensor) -> bool:
+    """Whether these are too many to be computed again by themselves."""
+    return channels.sum().item() > len(channels) // 4
 
 
 def cancels(squares: Tensor, m2: Tensor) -> Tensor:
@@ -170,6 +184,12 @@ def cancels(squares: Tensor, m2: Tensor) -> Tensor:
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum and the sum of squares per channel."""
+    if rows.shape[-1] < SHORTEST_ROW and rows.dim() == 3 and rows.is_contiguous():
+        # Such rows are slow to add up: the samples first leaves few of them.
+        samples = rows.to(accumulator(rows)).flatten(1)
+        sums = torch.stack((samples.sum(0), samples.square().sum(0)))
+        total, squares = sums.view(2, *rows.shape[1:]).sum(-1, dtype=torch.float64)
+        return total, squares
     return per_channel(rows.sum(-1, dtype=accumulator(rows))), sums_of_squares(rows)
 
 
@@ -177,10 +197,8 @@ def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
     """Return each channel's mean in the first sample if most channels' sums cancel there."""
     if len(x) < _FEWEST_SAMPLES or not x.is_contiguous():
         return None
-    total, squares = _sums(rows[:1])
-    mean = total / (x.numel() // (len(x) * x.shape[1]))
-    cancelling = cancels(squares, torch.addcmul(squares, total, mean, value=-1))
-    return mean.to(x.dtype) if cancelling.sum().item() > x.shape[1] // 4 else None
+    mean, _, cancelling = _from_sums(x[:1], rows[:1], None)
+    return mean.to(x.dtype) if cancelling is not None and _are_many(cancelling) else None
 
 
 def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
