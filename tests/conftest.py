@@ -83,17 +83,24 @@ def pytest_collection_modifyitems(items):
 
 @functools.cache
 def _register_substitute():
-    """Register the device; return what this machine lacks for it, or None."""
+    """Register the device; return what this machine lacks for it, why its build failed, or None."""
     lacking = substitute_device.missing()
-    if lacking is None:  # from here on, a build that fails is an error
+    if lacking is not None:
+        return lacking
+    try:
         substitute_device.register()
-    return lacking
+    except Exception as error:  # of the tests that need the device, not of the whole run
+        return error
+    return None
 
 
 @pytest.fixture(scope="session")
 def substitute_module():
-    if (lacking := _register_substitute()) is not None:
-        pytest.skip(f"the substitute device needs {lacking}")
+    problem = _register_substitute()
+    if isinstance(problem, Exception):
+        raise problem
+    if problem is not None:
+        pytest.skip(f"the substitute device needs {problem}")
     return substitute_device
 
 
