@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import bnstats
@@ -82,6 +83,13 @@ class TestAccumulation:
         x = torch.randn(2, 3, 4, 5, requires_grad=True)
         with pytest.raises(bnstats.errors.InvalidValueError, match="create_graph"):
             torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+    def test_forward_mode_is_refused(self):
+        layer, x = make(), torch.randn(2, 3, 4, 5)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(bnstats.errors.InvalidValueError, match="forward-mode"):
+                layer(dual)
 
 
 class Net(nn.Module):

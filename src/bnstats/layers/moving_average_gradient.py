@@ -108,6 +108,14 @@ class _AboutZero(torch.autograd.Function):
         grad_weight = grad_z * ratio if needs_weight else None
         return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 10
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Tensor:  # noqa: ARG004
+        raise InvalidValueError(
+            "MovingAverageBatchNorm: forward-mode differentiation: expected reverse mode in "
+            "training, for its gradient is no derivative of its output; use evaluation mode or "
+            "nn.BatchNorm"
+        )
+
 
 class _Transformable(_AboutZero):
     """The same for torch.func, which wants these apart; that costs 40 microseconds elsewhere."""
