@@ -181,7 +181,6 @@ class TestLeftToTorch:
         assert not taken
 
     # torch's own: its first use loads decompositions that torch has deprecated
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
     def test_forward_mode_derivatives(self, taken):
         x, tangent = torch.randn(2, *SHAPES[0])
         results = []

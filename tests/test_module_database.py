@@ -200,7 +200,6 @@ def test_non_contiguous_tensors(family, dims, training, index):
 
 
 # torch's own: forward mode loads decompositions that torch has deprecated
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @each_case
 def test_gradcheck_and_gradgradcheck(family, dims, training, index):
     layer, x = case(family, dims, training, index, torch.float64)

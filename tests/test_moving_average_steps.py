@@ -84,7 +84,6 @@ class TestAccumulation:
         with pytest.raises(bnstats.errors.InvalidValueError, match="create_graph"):
             torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
-    @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own use
     def test_forward_mode_is_refused(self):
         layer, x = make(), torch.randn(2, 3, 4, 5)
         with forward_ad.dual_level():

@@ -172,7 +172,9 @@ def test_memory_does_not_grow_with_the_number_of_batches():
         if len(alive) in (2, 7, 10, 15):
             gc.collect()
         tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-        alive.append(sum(t.numel() for t in tensors))
+        sizes = [tensor.numel() for tensor in tensors]
+        # What torch.compile keeps of other tests has symbols for sizes.
+        alive.append(sum(size for size in sizes if type(size) is int))
         model(batch)
 
     measure(Parallel(), [torch.randn(4, 3)] * 8, forward=forward)

@@ -181,7 +181,6 @@ def test_instance_norms_keep_statistics_of_another_kind_and_are_never_served():
     ],
     ids=["none", "no statistics", "frozen", "scripted"],
 )
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_a_model_without_batchnorm_is_told_what_was_found_instead(make, says):
     with pytest.warns(BnstatsWarning, match=says):
         bnstats.measure_population_stats(make(), [torch.randn(4, 3)])

@@ -14,6 +14,7 @@ from bnstats.layers.batch import Batch
 from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
 from bnstats.layers.moving_average_step import Options, take_step
+from bnstats.private import has_tangent
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -176,6 +177,12 @@ class MovingAverageBatchNorm(MovingAverageState):
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
         wide = self.window_mean_squares.dtype
         check_dtype(input, wide)  # not left to torch: the state moves before it looks
+        if has_tangent(input):
+            raise InvalidValueError(
+                f"{type(self).__name__}({self.num_features}): forward-mode differentiation: "
+                "expected reverse mode in training, where its gradient is no derivative of its "
+                "output; use evaluation mode or nn.BatchNorm"
+            )
         # What is wide already is not asked to be: that costs microseconds.
         if weight is not None and weight.dtype != wide:
             weight = weight.to(wide)

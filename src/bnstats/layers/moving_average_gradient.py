@@ -108,14 +108,6 @@ class _AboutZero(torch.autograd.Function):
         grad_weight = grad_z * ratio if needs_weight else None
         return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 10
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Tensor:  # noqa: ARG004
-        raise InvalidValueError(
-            "MovingAverageBatchNorm: forward-mode differentiation: expected reverse mode in "
-            "training, for its gradient is no derivative of its output; use evaluation mode or "
-            "nn.BatchNorm"
-        )
-
 
 class _Transformable(_AboutZero):
     """The same for torch.func, which wants these apart; that costs 40 microseconds elsewhere."""
@@ -148,6 +140,7 @@ def _add_gradient(
     gradients: Tensor, gradient_steps: Tensor, step: Tensor, psi: Tensor, warmup: int
 ) -> Tensor:
     """Take a backward's psi into the window, and return its part in the window's mean."""
+    psi = psi.detach()  # a traced step is given weights that require a gradient
     if on_host(psi):
         arrays = (gradients.numpy(), gradient_steps.numpy(), int(step), psi.numpy())
         return torch.from_numpy(ring_buffer.add_on_host(*arrays, warmup))
