@@ -141,6 +141,8 @@ class RenormBatchNorm(EMABatchNorm):
     def _scale_and_shift(
         self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
+        if self._buffers["running_mean"] is None or not self.track_running_stats:
+            return weight, bias  # nothing to follow
         with torch.no_grad(), unseen():
             r, d = self._corrections.same(mean, self._correction(mean, var))
         if weight is None:
