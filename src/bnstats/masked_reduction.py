@@ -47,8 +47,10 @@ def _deviations(x: Tensor, mask: Tensor, divisor: Tensor) -> tuple[Tensor, Tenso
     if on_host(x) and x.dim() > 2 and x.numel():
         # Products take a fifth of the time of torch.where; padding that is not finite spoils them.
         factor = mask.expand(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
-        totals = torch.bmm(x.flatten(2), factor.flatten(2).transpose(1, 2)).squeeze(2)
-        about = (per_channel(totals) / divisor).to(x.dtype)
+        # Under autocast, which leaves ``out=`` alone, the product would be half's.
+        totals = x.new_empty(*x.shape[:2], 1)
+        torch.bmm(x.flatten(2), factor.flatten(2).transpose(1, 2), out=totals)
+        about = (per_channel(totals.squeeze(2)) / divisor).to(x.dtype)
         if math.isfinite(about.sum()):
             return about, (x - about.view(shape)).mul_(factor)
     about = (_sum(torch.where(mask, x, 0)) / divisor).to(x.dtype)
