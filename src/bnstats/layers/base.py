@@ -232,10 +232,10 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         count: int | Tensor
         plain = type(input) is Tensor and not is_traced() and only_reverse_mode()
         if batch.replicas is None and not plain:
-            z, count, mean, var = by_definition(input, self.eps, batch.mask)
+            centered, inverse, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()
             weight, bias = self._scale_and_shift(weight, bias, mean, var)
-            output = scale_and_shift(z, weight, bias).to(input.dtype)
+            output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
         elif batch.is_whole:
             count = input.numel() // self.num_features
             mean, var = batch_norm_cpu.moments(input.detach(), dtype)

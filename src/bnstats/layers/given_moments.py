@@ -11,6 +11,8 @@ Every position is normalized and has a gradient of its own; the moments depend o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from bnstats.errors import InvalidValueError
 from bnstats.layers.batch import Batch
 from bnstats.layers.replicas import Replicas
+from bnstats.private import on_host
 
 
 def normalize(
@@ -49,31 +52,38 @@ def normalize_batch(
 
 def by_definition(
     x: Tensor, eps: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor | int, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | int, Tensor, Tensor]:
     """Compute z by torch's operators alone, for what transforms or differentiates each of them.
 
     Returns:
-        z, and the number, mean and biased variance of the valid values.
+        x - mean and 1 / sqrt(var + eps), whose product is z; number, mean and biased variance of
+        the valid values.
     """
     axes = [axis for axis in range(x.dim()) if axis != 1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    count: Tensor | int
     if mask is None:
+        count = x.numel() // x.shape[1]
         mean = wide.mean(axes, keepdim=True)
         centered = wide - mean
         var = centered.square().mean(axes, keepdim=True)
-        return centered * (var + eps).rsqrt(), x.numel() // x.shape[1], mean.view(-1), var.view(-1)
-    count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
-    divisor = count.clamp(min=1)
-    mean = torch.where(mask, wide, 0).sum(axes, keepdim=True) / divisor
-    centered = wide - mean
-    var = torch.where(mask, centered, 0).square().sum(axes, keepdim=True) / divisor
-    return centered * (var + eps).rsqrt(), count, mean.flatten(), var.flatten()
+    else:
+        count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
+        divisor = count.clamp(min=1)
+        mean = torch.where(mask, wide, 0).sum(axes, keepdim=True) / divisor
+        # Gradients of 0 times padding that is not finite would be NaN.
+        centered = torch.where(mask | wide.isfinite(), wide, 0) - mean
+        var = torch.where(mask, centered, 0).square().sum(axes, keepdim=True) / divisor
+    return centered, (var + eps).rsqrt(), count, mean.flatten(), var.flatten()
 
 
-def scale_and_shift(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return ``weight z + bias`` along the channels."""
+def scale_and_shift(
+    centered: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Return ``weight z + bias`` along the channels, z being ``centered inverse``."""
     if weight is not None:
-        z = z * _along_channels(weight, z)
+        inverse = inverse * _along_channels(weight, centered)
+    z = centered * inverse
     return z if bias is None else z + _along_channels(bias, z)
 
 
@@ -125,9 +135,13 @@ def _gradients(
     factor = torch.ones_like(mean) if weight is None else weight
     inverse = (var + ctx.eps).rsqrt_()
     if x.numel():
-        # CUDA's kernel takes mean and inverse in place of the statistics for some layouts of x.
-        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, factor, mean, var, mean, inverse, False, ctx.eps, [True] * 3
+        x, (direct, grad_weight, grad_bias) = with_finite_padding(
+            # CUDA's kernel takes mean and inverse in place of the statistics for some layouts of x.
+            lambda x: torch.ops.aten.native_batch_norm_backward(
+                grad, x, factor, mean, var, mean, inverse, False, ctx.eps, [True] * 3
+            ),
+            x,
+            mask,
         )
     else:
         direct, grad_weight, grad_bias = grad, torch.zeros_like(mean), torch.zeros_like(mean)
@@ -135,16 +149,37 @@ def _gradients(
     if ctx.replicas is not None:
         sums = ctx.replicas.sum(sums)
     average, slope = sums * (factor * inverse / count.clamp(min=1))
-    slope = slope * inverse
-    through_moments = torch.addcmul(
-        _along_channels(average - slope * mean, x), x, _along_channels(slope, x)
-    )
-    direct = direct.to(through_moments.dtype)
+    average, slope = (_along_channels(v, x) for v in (average, slope * inverse))
+    centered = x - _along_channels(mean, x)
+    grad_x = direct.to(centered.dtype)
     if mask is None:
-        grad_x = direct.sub_(through_moments)
+        grad_x = grad_x.sub_(average).addcmul_(centered, slope, value=-1)
     else:
-        grad_x = direct.addcmul_(through_moments, mask.to(direct.dtype), value=-1)
+        factors = mask.to(centered.dtype)
+        grad_x = grad_x.addcmul_(factors, average, value=-1)
+        grad_x = grad_x.addcmul_(centered.mul_(factors), slope, value=-1)
     return grad_x.to(x.dtype), grad_weight, grad_bias
+
+
+def with_finite_padding(
+    kernel: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a kernel of the backward on x, whose padding may be NaN or infinite.
+
+    Padding that has no gradient has no part in sums over the gradient, but 0 times NaN is NaN.
+    What is not finite and counts is in the mean, or the variance.
+
+    Returns:
+        x, where padding is finite if it matters, and the kernel's results, whose second is a
+        sum over the gradient times x.
+    """
+    if mask is not None and not on_host(x):
+        x = x.nan_to_num(0.0, 0.0, 0.0)
+    results = kernel(x)
+    if mask is not None and on_host(x) and not math.isfinite(results[1].sum()):
+        x = x.nan_to_num(0.0, 0.0, 0.0)
+        results = kernel(x)
+    return x, results
 
 
 def _differentiable_gradients(
@@ -156,7 +191,8 @@ def _differentiable_gradients(
             "create_graph: expected False for a synchronized layer, got True: the collective in "
             "its gradient has no derivative; use sync=None for second derivatives"
         )
-    output = scale_and_shift(by_definition(x, ctx.eps, mask)[0], weight, None).to(x.dtype)
+    centered, inverse, *_ = by_definition(x, ctx.eps, mask)
+    output = scale_and_shift(centered, inverse, weight, None).to(x.dtype)
     inputs = [x] if weight is None else [x, weight]
     grads = torch.autograd.grad(output, inputs, grad, create_graph=True, allow_unused=True)
     axes = [axis for axis in range(x.dim()) if axis != 1]

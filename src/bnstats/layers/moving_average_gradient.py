@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.layers.given_moments import with_finite_padding
 from bnstats.layers.operators import opaque, register
 from bnstats.layers.tracking import HALF
 from bnstats.private import intercepted, on_host, only_reverse_mode
@@ -184,8 +185,12 @@ def _anywhere(
     # In evaluation mode the kernel on CPU does not read what training saves. Those of CUDA and
     # torch.vmap's rule ask for it, and may take it in place of the running statistics.
     saved = (zeros, square.rsqrt()) if transformed or not x.is_cpu else (None, None)
-    partial, grad_z, grad_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
+    x, (partial, grad_z, grad_bias) = with_finite_padding(
+        lambda x: torch.ops.aten.native_batch_norm_backward(
+            grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
+        ),
+        x,
+        mask,
     )
 
     def input_gradient(mean: Tensor) -> Tensor:
