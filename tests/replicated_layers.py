@@ -182,7 +182,12 @@ def a_forward_that_fails_in_one_process_fails_in_all(family, what):
         layer = make(family, sync=True)
         before = copy.deepcopy(layer.state_dict())
         x, mask = torch.randn(3, 4, 6), torch.ones(3, 6, dtype=torch.bool)
-        bad = {"input": (torch.randn(3, 5, 6), mask), "mask": (x, mask.float())}[what]
+        bad = {
+            "input": (torch.randn(3, 5, 6), mask),
+            "dtype": (x.double(), mask),
+            "integers": (x.long(), mask),
+            "mask": (x, mask.float()),
+        }[what]
         if rank == 1:
             with pytest.raises((InvalidValueError, InvalidTypeError)):
                 layer(*bad)
@@ -278,7 +283,7 @@ SCENARIOS = {
             a_forward_that_fails_in_one_process_fails_in_all(family, what)
         )
         for family in FAMILIES
-        for what in ("input", "mask")
+        for what in ("input", "dtype", "integers", "mask")
     },
     "synchronized.too_long_ago_for_a_checkpoint": too_long_ago_for_a_checkpoint,
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnstats.arguments import describe_channels_last, warn_of_momentum
-from bnstats.errors import InvalidValueError
+from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
@@ -166,8 +166,20 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             return None if given is None else Batch(given.fit(input), where=given.where)
         with replicas.failing_together(self.num_features, input.device):
             self._check_input_dim(input)
+            self._check_dtype(input)
             valid = None if given is None else given.fit(input)
         return Batch(valid, replicas, where if given is None else given.where)
+
+    def _check_dtype(self, input: Tensor) -> None:
+        """Refuse what torch's kernel would not take once the processes have exchanged moments."""
+        wide = input.dtype if self.weight is None else self.weight.dtype
+        wide = torch.float32 if wide in HALF else wide
+        fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
+        if not input.is_floating_point() or input.dtype not in fitting:
+            raise InvalidTypeError(
+                f"{type(self).__name__}({self.num_features}): expected an input of "
+                f"{' or '.join(map(str, fitting))}, got {input.dtype}"
+            )
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None

@@ -197,6 +197,9 @@ class MovingAverageBatchNorm(MovingAverageState):
         scale = (var, ratio, self.eps, step, *gradients, self.warmup)
         return normalize_about_zero(input, weight, bias, *scale, mask, count, replicas)
 
+    def _check_dtype(self, input: Tensor) -> None:
+        check_dtype(input, self.window_mean_squares.dtype)
+
     def extra_repr(self) -> str:
         """Return the options, those that ``nn.BatchNorm`` lacks last."""
         plain: str = super().extra_repr()  # type: ignore[no-untyped-call]
