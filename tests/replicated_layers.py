@@ -175,6 +175,16 @@ def compiled_layers_exchange_too(family):
     return scenario
 
 
+def layers_compiled_one_by_one_share_their_code(rank, world):
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    x = torch.randn(3, 4, requires_grad=True)
+    for _ in range(10):  # more than torch.compile has versions of one code
+        layer = bnstats.EMABatchNorm1d(4, sync=True)
+        torch.compile(layer, backend=frames, fullgraph=True)(x).square().sum().backward()
+    assert frames.frame_count == 1
+
+
 def a_forward_that_fails_in_one_process_fails_in_all(family, what):
     """One process has a bad input or mask: no process is left waiting."""
 
@@ -285,5 +295,8 @@ SCENARIOS = {
         for family in FAMILIES
         for what in ("input", "dtype", "integers", "mask")
     },
+    "synchronized.layers_compiled_one_by_one_share_their_code": (
+        layers_compiled_one_by_one_share_their_code
+    ),
     "synchronized.too_long_ago_for_a_checkpoint": too_long_ago_for_a_checkpoint,
 }

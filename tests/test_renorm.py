@@ -158,6 +158,19 @@ def test_compiled_it_does_the_same():
     torch.testing.assert_close(layer.state_dict(), twin.state_dict())
 
 
+def test_layers_compiled_one_by_one_share_their_code():
+    # More than the eight versions of a function's code that torch.compile keeps.
+    torch._dynamo.reset()
+    frames = torch._dynamo.testing.CompileCounter()
+    layers = [RenormBatchNorm1d(3, **OPEN) for _ in range(10)]
+    twins, x = copy.deepcopy(layers), torch.randn(8, 3)
+    for layer, twin in zip(layers, twins, strict=True):
+        twin(x + 1)
+        layer(x + 1)
+        torch.testing.assert_close(torch.compile(layer, backend=frames, fullgraph=True)(x), twin(x))
+    assert frames.frame_count == 1
+
+
 def test_the_count_of_a_checkpoint_goes_on():
     plain = nn.BatchNorm1d(3)
     for x in batches((8, 3)):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from bnstats.private import in_backward_pass, intercepted
+from bnstats.private import in_backward_pass, intercepted, outside_modes
+
+_NUMBERS = itertools.count()
+_LIVING: WeakValueDictionary[int, Referable] = WeakValueDictionary()
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
 if hasattr(torch.Tag, "cudagraph_unsafe"):
@@ -48,6 +53,30 @@ def opaque(operator: Callable[..., Any], function: Callable[..., Any]) -> Callab
     if torch.compiler.is_compiling():
         return function if is_exporting() else operator
     return operator if intercepted() else function
+
+
+class Referable:
+    """An object that an operator finds by a number, for it takes no objects."""
+
+    def __init__(self) -> None:
+        self._number = next(_NUMBERS)
+        with outside_modes():
+            # A tensor's value is no part of compiled code: each layer has another number, and
+            # would be compiled by itself.
+            self._number_tensor = torch.tensor(self._number, device="cpu")
+        _LIVING[self._number] = self
+
+    @property
+    def reference(self) -> Tensor | int:
+        """What stands for this object in a call of :func:`opaque`'s result."""
+        if torch.compiler.is_compiling():
+            return self._number if is_exporting() else self._number_tensor
+        return torch.tensor(self._number, device="cpu") if intercepted() else self._number
+
+
+def referred(reference: Tensor | int) -> Any:
+    """Return the object, or None if it is gone."""
+    return _LIVING.get(int(reference))
 
 
 def is_exporting() -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from bnstats.errors import InvalidValueError
-from bnstats.layers.operators import opaque, register
+from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.private import in_backward_pass, on_host
 
 _REMEMBERED = 16
@@ -21,11 +19,8 @@ _REMEMBERED = 16
 _SAME_BATCH = 0.01
 """Relative distance up to which two keys can be one batch's, computed twice."""
 
-_IDENTITIES = itertools.count()
-_LIVING: WeakValueDictionary[int, Recall] = WeakValueDictionary()
 
-
-class Recall:
+class Recall(Referable):
     """A value for each of the last forwards, by a vector that tells the forward's batch.
 
     A copy, or what is unpickled, remembers nothing.
@@ -33,15 +28,11 @@ class Recall:
     Args:
         before: the rows of the value of forwards before the first that was remembered; None
             where every forward was.
-
-    Attributes:
-        identity: a number, by which an operator finds this object.
     """
 
     def __init__(self, before: tuple[float, ...] | None = None) -> None:
+        super().__init__()
         self._before = before
-        self.identity = next(_IDENTITIES)
-        _LIVING[self.identity] = self
         self._forwards: deque[tuple[Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recall:
@@ -89,7 +80,7 @@ class Recall:
 
     def same(self, key: Tensor, value: Tensor) -> Tensor:
         """Return the value of this forward, or of the one that it repeats."""
-        same: Tensor = opaque(_OPERATOR, _same)(key, value, self.identity)
+        same: Tensor = opaque(_OPERATOR, _same)(key, value, self.reference)
         return same
 
 
@@ -105,10 +96,10 @@ def _too_long_ago() -> InvalidValueError:
     )
 
 
-def _same(key: Tensor, value: Tensor, identity: int) -> Tensor:
+def _same(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # an export: nothing runs again there
         return value
-    recall = _LIVING.get(identity)
+    recall: Recall | None = referred(reference)
     if recall is None:  # a trace that has outlived its layer, in another process for one
         return value
     if in_backward_pass():
@@ -117,12 +108,12 @@ def _same(key: Tensor, value: Tensor, identity: int) -> Tensor:
     return value
 
 
-def _operator(key: Tensor, value: Tensor, identity: int) -> Tensor:
+def _operator(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:
     # Copies: compiled code may reuse the memory, and an operator may not return an argument.
-    return _same(key.clone(), value.clone(), identity).clone()
+    return _same(key.clone(), value.clone(), reference).clone()
 
 
-def _shape(key: Tensor, value: Tensor, identity: int) -> Tensor:  # noqa: ARG001
+def _shape(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(value)
 
 

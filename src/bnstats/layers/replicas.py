@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from bnstats.distributed import Peers, is_group
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
-from bnstats.layers.operators import opaque, register
+from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.layers.recall import Recall
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import wide_dtype
@@ -22,11 +20,8 @@ from bnstats.reduction import wide_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_KEYS = itertools.count()
-_LIVING: WeakValueDictionary[int, Replicas] = WeakValueDictionary()
 
-
-class Replicas:
+class Replicas(Referable):
     """What a ``sync`` option means, and what its processes sent each other lately.
 
     A copy has the same processes and remembers nothing. Without initialized processes, or with
@@ -38,11 +33,10 @@ class Replicas:
     """
 
     def __init__(self, sync: ProcessGroup | bool, where: str = "sync") -> None:
+        super().__init__()
         _check_sync(sync, where)
         self.sync: ProcessGroup | bool = sync
         self._group = None if isinstance(sync, bool) else sync
-        self.key = next(_KEYS)
-        _LIVING[self.key] = self
         self._exchanges = Recall()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
@@ -78,13 +72,14 @@ class Replicas:
             InvalidValueError: the forward to be run again is too long ago.
         """
         with unseen():
-            messages: Tensor = opaque(_GATHER, _gather)(message, self.key)
+            gather = opaque(_GATHER, _gather)
+            messages: Tensor = gather(message, self.reference, self._peers().size)
         return messages
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum over all processes."""
         with unseen():
-            total: Tensor = opaque(_SUM, _sum)(x, self.key)
+            total: Tensor = opaque(_SUM, _sum)(x, self.reference)
         return total
 
     @contextmanager
@@ -129,19 +124,24 @@ def _check_sync(sync: Any, where: str) -> None:
     )
 
 
-def _gather(message: Tensor, key: int) -> Tensor:
-    return _LIVING[key].exchange(message)
+def _replicas(reference: Tensor) -> Replicas:
+    replicas: Replicas = referred(reference)
+    return replicas
 
 
-def _gathered(message: Tensor, key: int) -> Tensor:
-    return message.new_empty(_LIVING[key]._peers().size, *message.shape)
+def _gather(message: Tensor, reference: Tensor, size: int) -> Tensor:  # noqa: ARG001
+    return _replicas(reference).exchange(message)
 
 
-def _sum(x: Tensor, key: int) -> Tensor:
-    return _LIVING[key].total(x)
+def _gathered(message: Tensor, reference: Tensor, size: int) -> Tensor:  # noqa: ARG001
+    return message.new_empty(size, *message.shape)
 
 
-def _summed(x: Tensor, key: int) -> Tensor:  # noqa: ARG001
+def _sum(x: Tensor, reference: Tensor) -> Tensor:
+    return _replicas(reference).total(x)
+
+
+def _summed(x: Tensor, reference: Tensor) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
