@@ -219,6 +219,24 @@ def without_a_valid_value_in_any_process_all_raise(family):
     return scenario
 
 
+def what_a_collective_has_no_rule_for_is_named(family):
+    def scenario(rank, world):
+        layer, x = make(family, sync=True), torch.randn(5, 4)
+        if family.name != "moving_average":  # which has rules of its own
+            for run in (
+                lambda: torch.vmap(layer)(x.expand(2, 5, 4)),
+                lambda: torch.func.grad(lambda x: layer(x).sum())(x),
+                lambda: torch.func.jvp(layer, (x,), (x,)),
+            ):
+                with pytest.raises(InvalidValueError, match=f"{family.base.__name__}1d: sync"):
+                    run()
+        x.requires_grad_()
+        with pytest.raises(InvalidValueError, match="create_graph: expected False"):
+            torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+    return scenario
+
+
 def groups_are_kept_apart(family):
     def scenario(rank, world):
         group = dist.new_group(list(range(world - 1)))  # the last is by itself
@@ -266,6 +284,7 @@ SCENARIOS = {
             compiled_layers_exchange_too,
             without_a_valid_value_in_any_process_all_raise,
             groups_are_kept_apart,
+            what_a_collective_has_no_rule_for_is_named,
         )
     },
     **{

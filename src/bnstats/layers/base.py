@@ -19,7 +19,7 @@ from bnstats.layers.given_moments import (
     normalize_batch,
     scale_and_shift,
 )
-from bnstats.layers.replicas import Replicas
+from bnstats.layers.replicas import Replicas, check_reverse_mode
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
 from bnstats.masks import Mask
@@ -239,6 +239,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
 
     def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
         """Normalize by the values that a mask leaves, and by those of other processes."""
+        if batch.replicas is not None and not torch.compiler.is_compiling():
+            check_reverse_mode(type(self).__name__)
         weight, bias = self._wide_parameters()
         dtype = torch.float32 if input.dtype in HALF else input.dtype
         count: int | Tensor

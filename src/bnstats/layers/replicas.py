@@ -14,7 +14,7 @@ from bnstats.distributed import Peers, is_group
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.layers.recall import Recall
-from bnstats.private import in_backward_pass, on_host, unseen
+from bnstats.private import in_backward_pass, on_host, only_reverse_mode, unseen
 from bnstats.reduction import wide_dtype
 
 if TYPE_CHECKING:
@@ -112,6 +112,15 @@ class Replicas(Referable):
     def total(self, x: Tensor) -> Tensor:
         """Add up over the processes, in rank order: the same bits for all."""
         return self._peers().all_gather(x).sum(0)
+
+
+def check_reverse_mode(layer: str) -> None:
+    """Refuse what asks a synchronized layer for more than its reverse-mode gradient."""
+    if not only_reverse_mode():
+        raise InvalidValueError(
+            f"{layer}: sync: expected None under torch.func's transforms and forward-mode "
+            "differentiation: no rule of theirs knows a collective"
+        )
 
 
 def _check_sync(sync: Any, where: str) -> None:
