@@ -206,3 +206,28 @@ def test_layers_without_running_statistics_take_masks():
         for training in (True, False):
             found = layer.train(training)(x, VALID)
             torch.testing.assert_close(valid_of(found), plain(valid_of(x)))
+
+
+@each_family
+@pytest.mark.parametrize("way", ["compiled", "vmap"])
+def test_where_a_batch_of_padding_alone_cannot_be_refused_it_moves_nothing(family, way):
+    # As on a device, where the host would have to wait to know.
+    torch._dynamo.reset()
+    layer, nothing = make(family), torch.zeros(4, 7, dtype=torch.bool)
+    for _ in range(3):
+        layer(torch.randn(4, 3, 7))
+    x = torch.randn(4, 3, 7).requires_grad_()
+    if way == "compiled":
+        before, after = copy.deepcopy(layer.state_dict()), layer.state_dict()
+        output = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, nothing)
+        output.square().sum().backward()
+        assert x.grad.abs().max() < 100
+    else:
+        parameters, after = torch.func.stack_module_state([layer, layer])
+        before = copy.deepcopy(after)
+        output = torch.vmap(lambda *state: torch.func.functional_call(layer, state, (x, nothing)))(
+            parameters, after
+        )
+    assert output.abs().max() < 100
+    for key, value in after.items():
+        assert torch.equal(value, before[key]), key

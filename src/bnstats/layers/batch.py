@@ -68,6 +68,6 @@ class Batch(NamedTuple):
         return count, mean, m2
 
 
-def batch_variance(m2: Tensor, count: Tensor) -> Tensor:
-    """Return the biased variance; 1 of no values, which leaves every position as it is."""
-    return torch.where(count > 0, m2 / count.clamp(min=1), 1)
+def batch_variance(m2: Tensor, count: Tensor, *, of_none: float = 1.0) -> Tensor:
+    """Return the biased variance; of no values 1, which leaves every position as it is."""
+    return torch.where(count > 0, m2 / count.clamp(min=1), of_none)

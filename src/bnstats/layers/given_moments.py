@@ -73,7 +73,8 @@ def by_definition(
         mean = torch.where(mask, wide, 0).sum(axes, keepdim=True) / divisor
         # Gradients of 0 times padding that is not finite would be NaN.
         centered = torch.where(mask | wide.isfinite(), wide, 0) - mean
-        var = torch.where(mask, centered, 0).square().sum(axes, keepdim=True) / divisor
+        m2 = torch.where(mask, centered, 0).square().sum(axes, keepdim=True)
+        var = torch.where(count > 0, m2 / divisor, 1)
     return centered, (var + eps).rsqrt(), count, mean.flatten(), var.flatten()
 
 

@@ -36,8 +36,10 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
 
     Raises:
         InvalidValueError: a layer of torch's own in training mode, which knows no masks; no
-            layer of this package; in a forward, a mask that does not fit a layer's input, or
-            has no valid position. The message has the layer's name.
+            layer of this package; in a forward, a mask that does not fit a layer's input, or,
+            where the host need not wait to know, has no valid position: on CPU, and not in
+            compiled code. Elsewhere a batch of padding alone moves no statistic. The message
+            has the layer's name.
         InvalidTypeError: not a Module, or a mask that is not boolean.
 
     Example:

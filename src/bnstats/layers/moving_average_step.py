@@ -92,14 +92,18 @@ def take_step(
         count, _, squares = batch.moments(x, about_zero=True)
         if on_host(count):
             batch.check_count(x, int(count), 1)
-        chi = batch_variance(squares, count).to(dtype)
+        # What is not finite does not count.
+        chi = batch_variance(squares, count, of_none=math.inf).to(dtype)
     with unseen():
         if batch is None:
             chi = mean_square(x).to(dtype)
         if torch.compiler.is_compiling():
-            return _take_step_on_device(state, chi, options), count
-        step = opaque(_STEP, _take_step)
-        return Scale(*step(*state, chi, *options)), count
+            scale = _take_step_on_device(state, chi, options)
+        else:
+            scale = Scale(*opaque(_STEP, _take_step)(*state, chi, *options))
+        if count is not None:
+            scale = scale._replace(var=torch.where(count > 0, scale.var, 1))
+        return scale, count
 
 
 def _take_step(
