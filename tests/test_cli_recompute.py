@@ -29,6 +29,9 @@ def loader():
         data = data[dist.get_rank() :: dist.get_world_size()]
     return list(data)
 
+def few_others():
+    return [torch.randn(4, 3, generator=torch.Generator().manual_seed(3)) * 2 + 2]
+
 def one_batch():
     return torch.zeros(4, 3)
 
@@ -109,6 +112,42 @@ def test_checkpoints_come_in_many_forms_and_keep_them(wrap):
     assert before.keys() == after.keys()
     if "model" in before:
         assert before["model"].keys() == after["model"].keys()
+
+
+@pytest.mark.usefixtures("here")
+def test_a_prior_that_was_measured_draws_few_samples_toward_it(capsys):
+    save()
+    of_source = ["measure", "job:model", "job:loader", "--checkpoint", "in.pt", "--no-progress"]
+    assert main([*of_source, "--output", "source.npz"]) == 0
+    options = ["--prior", "source.npz", "--stats", "few.npz", "--no-progress"]
+    assert recompute(*options, loader="job:few_others") == 0
+    assert "weights of the loader's own statistics" in capsys.readouterr().out
+    source = bnstats.PopulationStats.load("source.npz")
+    expected = bnstats.measure_population_stats(job().model(), job().few_others(), prior=source)
+    written, kept = torch.load("out.pt"), bnstats.PopulationStats.load("few.npz")
+    assert kept.method == "layerwise"
+    assert 0 < expected["1"].mean_weight < 1
+    for name, layer in expected.items():
+        assert torch.equal(written[f"{name}.running_mean"], layer.mean.float())
+        assert torch.equal(written[f"{name}.running_var"], layer.var.float())
+        assert kept[name].mean_weight == layer.mean_weight
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", ["recompute", "measure"])
+def test_a_prior_that_does_not_serve_is_refused_with_the_remedy(capsys, command):
+    save()
+    recompute("--stats", "without.npz", "--output", "other.pt", "--no-progress")
+    options = ["--checkpoint", "in.pt", "--output", "out.file", "--no-progress"]
+    for prior, says in (
+        ("without.npz", "measure_population_stats(model, train_loader)"),
+        ("gone.npz", "gone.npz"),
+        ("in.pt", "in.pt: expected"),
+    ):
+        capsys.readouterr()
+        assert main([command, "job:model", "job:few_others", *options, "--prior", prior]) == 2
+        assert says in capsys.readouterr().err
+        assert not os.path.exists("out.file")
 
 
 @pytest.mark.usefixtures("here")

@@ -252,15 +252,20 @@ def test_files_without_it_load_and_are_refused_with_how_to_measure_it(tmp_path):
         bnstats.recompute_population_stats(layer, [images(2)], prior=loaded)
 
 
-def test_statistics_of_averages_and_of_one_sample_are_no_prior():
+def test_statistics_of_averages_of_one_sample_and_observed_ones_are_no_prior():
     layer = nn.BatchNorm2d(2)
     mixed = bnstats.measure_population_stats(layer, [images(2)], prior=source_of(layer))
+    with bnstats.observe(layer) as seen:
+        layer(images(20))
     for prior in (
+        seen.stats(),
         source_of(layer, method="batch_average"),
         bnstats.measure_population_stats(layer, [images(1)]),
         mixed,
     ):
-        with pytest.raises(InvalidValueError, match="spread between samples"):
+        with pytest.raises(
+            InvalidValueError, match=r"spread between samples.*measure_population_stats\(model"
+        ):
             bnstats.measure_population_stats(layer, [images(2)], prior=prior)
 
 
