@@ -229,6 +229,60 @@ def test_architectures_after_a_few_honest_steps_are_not_accused(name):
     assert diagnosis.verdict in ("healthy", "cannot tell"), diagnosis
 
 
+class StochasticDepth(nn.Module):
+    """Drops a residual branch of whole samples, as torchvision's and timm's do."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.drop = part, torchvision.ops.StochasticDepth(0.5, "row")
+
+    def forward(self, x):
+        return x + self.drop(self.part(x))
+
+
+def with_dropout(norm=nn.BatchNorm1d):
+    parts = (nn.Sequential(nn.Linear(16, 16), norm(16), nn.ReLU()) for _ in range(4))
+    return nn.Sequential(*map(StochasticDepth, parts), norm(16), nn.Linear(16, 10))
+
+
+def test_averages_under_dropout_do_not_lag_and_only_a_metric_knows_what_becomes_of_them():
+    # torchvision's MaxViT and larger EfficientNets drop up to a fifth of their branches.
+    loader = torch.randn(40, 64, 16).unbind()
+    model = honest_steps(with_dropout(), loader)
+    before, state = networks.snapshot(model), torch.get_rng_state()
+    diagnosis = bnstats.diagnose(model, loader)
+    networks.assert_untouched(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert diagnosis.verdict == "cannot tell"
+    assert "with dropout, or stochastic depth, as in training" in diagnosis.evidence[0]
+    assert "only a metric can tell" in str(diagnosis)
+    assert "diagnose again with a metric" in diagnosis.remedy
+    assert bnstats.diagnose(model, loader).evidence == diagnosis.evidence
+    assert "stochastic depth" in str(bnstats.diagnose(model, iter(loader)))  # is read once
+
+    def indifferent(model, batch):
+        return torch.randn(len(batch), generator=torch.Generator().manual_seed(0))
+
+    variance = bnstats.measure_population_stats(model, loader)["4"].var
+    assert variance.mean() < 0.8 * model[4].running_var.mean()
+
+    def better_with_less(model, batch):
+        return -model[4].running_var.mean().expand(len(batch))
+
+    assert bnstats.diagnose(model, loader, metric=indifferent).verdict == "healthy"
+    assert bnstats.diagnose(model, loader, metric=better_with_less).verdict == "averages lag"
+
+
+def test_averages_of_earlier_weights_lag_with_dropout_too():
+    loader = torch.randn(40, 64, 16).unbind()
+    model = honest_steps(with_dropout(), loader)
+    with torch.no_grad():
+        model[0].part[0].weight.mul_(3)
+    diagnosis = bnstats.diagnose(model, loader)
+    assert diagnosis.verdict == "averages lag"
+    assert "with dropout as in training it is" in diagnosis.evidence[0]
+
+
 def honest_steps(model, loader):
     """A few steps of training whose running statistics are averages over all of them."""
     for layer in batchnorms(model):

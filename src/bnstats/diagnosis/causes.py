@@ -29,6 +29,13 @@ class Case(NamedTuple):
     distance: Distance
     explained: Explained
     frozen: str  # why its statistics do not move; empty where they do
+    under_dropout: Distance | None = None  # with dropout as in training, where that was measured
+
+    @property
+    def is_of_dropout(self) -> bool:
+        """Whether it is off in evaluation alone, as dropout is off there."""
+        under = self.under_dropout
+        return under is not None and self.distance.is_material and not under.is_material
 
 
 Finding = tuple[str, str]
@@ -124,13 +131,34 @@ def _momentum_too_high(_: Mapping[str, Case], cases: Mapping[str, Case]) -> Find
 
 
 def _lag(off: Mapping[str, Case], _: Mapping[str, Case]) -> Finding | None:
+    off = {name: case for name, case in off.items() if not case.is_of_dropout}
     if not off:
         return None
     worst = _worst(off)
+    under_dropout = off[worst].under_dropout
+    dropout = (
+        "of other data than the loader's, or of values under dropout or stochastic depth"
+        if under_dropout is None
+        else "or of other data than the loader's (with dropout as in training it is "
+        f"{under_dropout} off)"
+    )
     return verdict.AVERAGES_LAG, (
         f"{_layers(off)}: '{worst}' is {off[worst].distance} off, where the spread between batches "
-        f"explains {off[worst].explained.expected:.2f}: its averages are of earlier weights, of "
-        "other data than the loader's, or of values under dropout or stochastic depth"
+        f"explains {off[worst].explained.expected:.2f}: its averages are of earlier weights, "
+        f"{dropout}"
+    )
+
+
+def about_dropout(cases: Mapping[str, Case]) -> str:
+    """Say which layers are off in evaluation alone; nothing where none are."""
+    found = {name: case for name, case in cases.items() if case.is_of_dropout}
+    if not found:
+        return ""
+    worst = _worst(found)
+    return (
+        f"{_layers(found)}: '{worst}' is {found[worst].distance} off in evaluation, and "
+        f"{found[worst].under_dropout} with dropout, or stochastic depth, as in training: averages "
+        "that do not lag, of other values than evaluation has"
     )
 
 

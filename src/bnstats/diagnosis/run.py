@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis import verdict
-from bnstats.diagnosis.causes import Case, why_frozen
+from bnstats.diagnosis.causes import Case, find_cause, why_frozen
 from bnstats.diagnosis.drifted import distance, explain, not_finite
+from bnstats.diagnosis.dropout import on_as_in_training, random_modules
 from bnstats.diagnosis.metric import Metric, measure_metric, summarize
 from bnstats.diagnosis.verdict import REMEDIES, Diagnosis
 from bnstats.diagnosis.weighing import weigh
@@ -56,7 +57,7 @@ def diagnose(
             layer in evaluation mode in a model that trains counts as frozen.
         loader: batches of the training data, as large as in training. Arguments about it are those
             of :func:`recompute_population_stats`. It is read once; with a metric and no target,
-            twice.
+            twice; where averages seem to lag in a model with dropout, once more.
         metric: ``metric(model, batch)`` returns a number for each sample, the larger the better:
             ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
             sample with running and with population statistics, on the target if there is one.
@@ -185,6 +186,9 @@ class _Examination:
         }
         if not cases:
             return _diagnosis(verdict.CANNOT_TELL, "no BatchNorm layer could be measured")
+        finding = find_cause(cases)
+        if finding is not None and finding[0] == verdict.AVERAGES_LAG:
+            cases = self._under_dropout(cases, loader)
         values: dict[str, Tensor] = {}
         if metric is not None:
             values = self._metric(
@@ -200,6 +204,19 @@ class _Examination:
         return measure_population_stats(
             self._model, loader, on_nonfinite="skip", sync=False, **self._options
         )
+
+    def _under_dropout(self, cases: dict[str, Case], loader: Iterable[Any]) -> dict[str, Case]:
+        """Measure with dropout as in training, where there is some: does that explain the drift?"""
+        modules = random_modules(self._model)
+        if not modules or isinstance(loader, Iterator):  # which was read
+            return cases
+        with on_as_in_training(modules, self._options["device"]):
+            population = self._measure(loader)
+        drift = population.drift_from(self._model)
+        return {
+            name: case._replace(under_dropout=distance(drift[name], population[name]))
+            for name, case in cases.items()
+        }
 
     def _metric(
         self,

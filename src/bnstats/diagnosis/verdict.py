@@ -24,7 +24,7 @@ NOT_BATCH_NORM = "not the batch norm"
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
         HEALTHY: "nothing to mend in the batch norm's statistics",
-        CANNOT_TELL: "diagnose again with more data in the loader, or the metric's",
+        CANNOT_TELL: "diagnose again with a metric, or with more data in the loader, or for it",
         NOT_FINITE: "bnstats.recompute_population_stats(model, loader); in training, "
         'bnstats.convert_batchnorm(model, "ema"), whose layers leave out such batches',
         FROZEN: "bnstats.recompute_population_stats(model.eval(), loader); train them on with "

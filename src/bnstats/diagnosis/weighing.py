@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from bnstats.diagnosis import verdict
-from bnstats.diagnosis.causes import Case, Finding, find_cause
+from bnstats.diagnosis.causes import Case, Finding, about_dropout, find_cause
 from bnstats.diagnosis.drifted import MATERIAL, Distance, distance
 from bnstats.diagnosis.metric import summarize
 from bnstats.diagnosis.verdict import Measured
@@ -31,6 +31,8 @@ def weigh(
 ) -> tuple[str, list[str]]:
     """Return the verdict and the evidence."""
     about_metric = [_about_metric(values)] if values else []
+    if of_dropout := about_dropout(cases):
+        about_metric.insert(0, of_dropout)
     finding = find_cause(cases)
     if finding is None and of_target is not None:
         finding = _other_data(population, of_target, values)
@@ -43,7 +45,10 @@ def weigh(
         return finding[0], [finding[1], *about_metric]
     if expected is not None and (short := _shortfall(values, expected)):
         return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
-    if any(case.distance.may_be_material for case in cases.values()):
+    if of_dropout and not values:
+        about_metric.append("whether that does harm, only a metric can tell")
+        return verdict.CANNOT_TELL, about_metric
+    if any(x.distance.may_be_material and not x.is_of_dropout for x in cases.values()):
         few = f"{_worst(cases)}: the loader has too few samples to tell that from chance"
         return verdict.CANNOT_TELL, [few, *about_metric]
     if values and (count := len(values["running"])) < _FEWEST_SAMPLES:

@@ -1,0 +1,55 @@
+"""Dropout, stochastic depth and the like, which are off in evaluation.
+
+Averages that training made are of values under dropout. With all weights as they are, evaluation
+gives layers other values: the mean may be the same, the variance is less ("variance shift": Li et
+al. 2018, "Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift",
+arXiv:1801.05134).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+def random_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that may act at random in training, and in nothing else differ.
+
+    That is dropout and RReLU of torch's, and what has no parts, parameters and buffers of others:
+    stochastic depth, added noise. Functions that are called by the mode of a larger module are not
+    found.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, (_DropoutNd, nn.RReLU))
+        or not (
+            type(module).__module__.startswith("torch.nn.")
+            or any(True for _ in module.children())
+            or any(True for _ in module.parameters())
+            or any(True for _ in module.buffers())
+        )
+    ]
+
+
+@contextmanager
+def on_as_in_training(modules: list[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Let these modules act as in training in every forward; random numbers go on as without."""
+    device = torch.device(device)
+    handles = [module.register_forward_pre_hook(_turn_on) for module in modules]
+    devices = {} if device.type == "cpu" else {"device_type": device.type}
+    try:
+        with torch.random.fork_rng([device] if devices else [], **devices):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _turn_on(module: nn.Module, _: Any) -> None:
+    module.training = True
