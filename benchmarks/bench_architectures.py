@@ -110,7 +110,7 @@ def look(
     model.train()
     for chosen in torch.randperm(len(images)).repeat(2)[: steps * BATCH].split(BATCH):
         optimizer.zero_grad()
-        F.cross_entropy(_logits(model(images[chosen])), labels[chosen]).backward()
+        F.cross_entropy(logits(model(images[chosen])), labels[chosen]).backward()
         optimizer.step()
     stats = bnstats.measure_population_stats(model, images[: 16 * BATCH].split(BATCH))
     drifts = stats.drift_from(model).values()
@@ -118,7 +118,7 @@ def look(
     return [len(stats), dead, sum(int(bad.sum()) for drift in drifts for bad in _not_finite(drift))]
 
 
-def _logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+def logits(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     """Return the main head's, of those that have auxiliary ones."""
     return output if isinstance(output, Tensor) else output[0]
 
