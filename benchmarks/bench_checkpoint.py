@@ -72,13 +72,14 @@ def measure(run: Run) -> list[Row]:
         if lacking is None:
             photos, model = Photos.load(run.photos, size), efficientnet_lite0()
         else:
-            photos, model = synthetic_photos(size), _small_classifier()
+            photos, model = synthetic_photos(size), small_classifier()
         found[size] = look(model, photos)
     report.write_table(run.folder / "checkpoint_table.md", "checkpoint", table(found))
     return [row for size, checkpoint in found.items() for row in _rows(size, checkpoint)]
 
 
-def _small_classifier() -> nn.Sequential:
+def small_classifier() -> nn.Sequential:
+    """Return what stands in for the network."""
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
@@ -106,26 +107,30 @@ def _confidence(logits: Tensor) -> float:
     return float(logits.softmax(1).amax(1).mean())
 
 
-@torch.no_grad()
 def _evaluate(model: nn.Module, photos: Photos) -> tuple[Tensor, float]:
     """Return the classifier's logits of all pictures, and the accuracy of a new head."""
+    images = torch.cat([photos.train.tensors[0], photos.test.tensors[0]])
+    logits, features = features_of(model.eval(), images, BATCH)
+    of_train, of_test = features.split([len(photos.train), len(photos.test)])
+    head = linear_head(of_train, photos.train.tensors[1])
+    return logits, 100 * accuracy(head, TensorDataset(of_test, photos.test.tensors[1]))
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, images: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Return the logits, and what the last linear layer gets."""
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     features: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda _, args: features.append(args[0]))
-    images = torch.cat([photos.train.tensors[0], photos.test.tensors[0]])
     try:
-        logits = torch.cat([model.eval()(part) for part in images.split(BATCH)])
+        logits = torch.cat([model(part) for part in images.split(batch)])
     finally:
         hook.remove()
-    parts = torch.cat(features).split([len(photos.train), len(photos.test)])
-    sets = zip(parts, (photos.train.tensors[1], photos.test.tensors[1]), strict=True)
-    return logits, _new_head(*(TensorDataset(*tensors) for tensors in sets))
+    return logits, torch.cat(features)
 
 
-@torch.enable_grad()
-def _new_head(train: TensorDataset, test: TensorDataset) -> float:
-    """Fit logistic regression with weight decay; return its accuracy in percent."""
-    inputs, labels = train.tensors
+def linear_head(inputs: Tensor, labels: Tensor) -> nn.Linear:
+    """Fit logistic regression with weight decay."""
     torch.manual_seed(0)
     head = nn.Linear(inputs.shape[1], int(labels.max()) + 1)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -137,7 +142,7 @@ def _new_head(train: TensorDataset, test: TensorDataset) -> float:
         return loss
 
     optimizer.step(closure)
-    return 100 * accuracy(head, test)
+    return head
 
 
 def _rows(size: int, found: Checkpoint) -> list[Row]:

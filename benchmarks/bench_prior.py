@@ -28,12 +28,15 @@ from torch import Tensor, nn
 
 import bnstats
 from benchmarks import command
-from benchmarks.rows import Row, Run
+from benchmarks.rows import Row, Run, rows
+from benchmarks.timing import compare
+from benchmarks.workloads import Work, batches, torchvision_model
 from bnstats.cli.digits import Digits, convolutional_net, evaluate, multilayer_perceptron, train
 
 SIZES = (1, 2, 4, 16, 64)
 FIXED = (4, 16, 64)
 OURS = "measured weight"
+WITHOUT, WITH = 'method="layerwise"', "the same, with a prior"
 SHIFTED = "noise, contrast, brightness and blur"
 NETS: dict[str, Callable[[], nn.Module]] = {
     "convolutional net": convolutional_net,
@@ -46,10 +49,11 @@ def noise(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def blur(images: Tensor, _: torch.Generator) -> Tensor:
-    row = torch.tensor([0.25, 0.5, 0.25])
+    row, channels = torch.tensor([0.25, 0.5, 0.25]), images.shape[1]
+    kernel = torch.outer(row, row).expand(channels, 1, 3, 3)
     for _ in range(2):
         padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-        images = F.conv2d(padded, torch.outer(row, row)[None, None])
+        images = F.conv2d(padded, kernel, groups=channels)
     return images
 
 
@@ -154,18 +158,35 @@ def outcomes(
 def measure(run: Run) -> list[Row]:
     """Average over draws and conditions; median and range of the seeds."""
     seeds, draws, epochs = (1, 1, 1) if run.quick else (5, 10, 10)
-    rows: list[Row] = []
+    errors: list[Row] = []
     for net in NETS:
         nets = [Trained.on_digits(net, seed, epochs) for seed in range(seeds)]
         for size in SIZES:
-            rows += _rows(net, nets, size, draws=draws, classes=10)
+            errors += errors_of(net, nets, size, draws=draws, classes=10)
         if net == "convolutional net":
             for classes in (1, 2, 3):
-                rows += _rows(net, nets, 16, draws=draws, classes=classes)
-    return rows
+                errors += errors_of(net, nets, 16, draws=draws, classes=classes)
+    return errors + _costs(run)
 
 
-def _rows(net: str, nets: list[Trained], size: int, *, draws: int, classes: int) -> list[Row]:
+def _costs(run: Run) -> list[Row]:
+    """Measure what the prior costs beside the same recalibration without it."""
+    measured: list[Row] = []
+    for shape in [(2, 2, 3, 32, 32)] if run.quick else [(1, 16, 3, 224, 224), (4, 16, 3, 96, 96)]:
+        model, data = torchvision_model("resnet18"), batches(*shape)
+        source = bnstats.measure_population_stats(model, data)
+        functions: dict[str, Work] = {
+            WITHOUT: partial(bnstats.recompute_population_stats, model, data, method="layerwise"),
+            WITH: partial(bnstats.recompute_population_stats, model, data, prior=source),
+        }
+        timings = compare(functions, rounds=1 if run.quick else 15)
+        work = f"ResNet-18, {shape[0]} batch{'es' * (shape[0] > 1)}"
+        at_most = {} if run.quick else {WITH: 1.05}
+        measured += rows(work, str(shape[1:]), timings, WITHOUT, at_most=at_most)
+    return measured
+
+
+def errors_of(net: str, nets: list[Trained], size: int, *, draws: int, classes: int) -> list[Row]:
     """Return the rows of one number of images: shifted, clean, and how often it was warned."""
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     warned: dict[str, list[float]] = defaultdict(list)
@@ -186,20 +207,21 @@ def _rows(net: str, nets: list[Trained], size: int, *, draws: int, classes: int)
     if classes < 10:
         images += f" of {classes} class{'es' * (classes > 1)}"
     means = {key: statistics.mean(values) for key, values in errors.items()}
-    rows = []
+    found_rows = []
     for (name, way), values in errors.items():
         limit = None
         if way == OURS and classes == 10 and net == "convolutional net":
             limit = _limit(name, size, {w: e for (n, w), e in means.items() if n == name})
         spread = min(values), max(values)
-        rows.append(
+        found_rows.append(
             Row(f"{net}, error: {name}", images, way, means[name, way], *spread, "%", at_most=limit)
         )
     for name, values in warned.items():
         low, high = min(values), max(values)
         what = f"{OURS}, warns of one kind"
-        rows.append(Row(f"{net}: {name}", images, what, statistics.mean(values), low, high, "%"))
-    return rows
+        average = statistics.mean(values)
+        found_rows.append(Row(f"{net}: {name}", images, what, average, low, high, "%"))
+    return found_rows
 
 
 def _limit(name: str, size: int, errors: dict[str, float]) -> float:
