@@ -1,6 +1,6 @@
 """What several processes do with models on devices; test_distributed_devices.py runs it."""
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
@@ -22,9 +22,24 @@ def nothing_left():
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.0)
     try:
-        yield
+        with use_up(peers.device):
+            yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def use_up(device):
+    """Hold what is left free: the allocator still gives parts of blocks that it has got."""
+    held = []
+    for size in (2**20 + 512, 512):  # bytes of the smallest block in its pools, large and small
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                held.append(torch.empty(size, dtype=torch.uint8, device=device))
+    try:
+        yield
+    finally:
+        held.clear()
 
 
 def out_of_memory_is_an_error_on_all(method):
