@@ -25,26 +25,25 @@ TOLERANCES = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
+COMMON = [
+    {},
+    {"momentum": None},
+    {"momentum": 1.0},
+    {"momentum": 0.0},
+    {"affine": False},
+    {"bias": False},
+    {"eps": 1e-2},
+]
 OPTIONS = {
-    "ema": [
-        {},
+    "ema": [{"debias": False}, {"pooled": False}, {"debias": False, "pooled": False}],
+    "cumulative": [],
+    "moving_average": [
+        {"window": 1, "warmup": 0, "renorm_warmup": 0},
+        {"max_ratio": 1.01},
+    ],
+    "renorm": [
         {"debias": False},
         {"pooled": False},
-        {"debias": False, "pooled": False},
-        {"momentum": None},
-        {"momentum": 1.0},
-        {"momentum": 0.0},
-        {"affine": False},
-        {"bias": False},
-    ],
-    "cumulative": [{}, {"momentum": 1.0}, {"momentum": 0.0}],
-    "moving_average": [{}, {"momentum": None}, {"momentum": 1.0}, {"momentum": 0.0}],
-    "renorm": [
-        {},
-        {"debias": False},
-        {"momentum": None},
-        {"momentum": 0.0},
-        {"affine": False},
         {"max_ratio": 1.1, "max_shift": 0.1},
     ],
 }
@@ -53,7 +52,7 @@ each_option = pytest.mark.parametrize(
     [
         pytest.param(family, options, id=f"{family.name}, {options or 'default'}")
         for family in FAMILIES
-        for options in OPTIONS.get(family.name, [{}])
+        for options in [*COMMON, *OPTIONS[family.name]]
     ],
 )
 
@@ -127,6 +126,20 @@ def test_training_and_evaluation_are_those_on_cpu(device, family, options):
     assert_evaluates_alike(there, here, pairs[1][0])
 
 
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.name != "moving_average"], ids=lambda f: f.name
+)
+def test_a_layer_without_running_statistics_is_that_on_cpu(device, no_waits, family):
+    here = family.make(2, track_running_stats=False)
+    there = on(device, here)
+    for x, grad in data(count=8):
+        assert_close(step(there, x, grad), step(here, x, grad))
+    assert_evaluates_alike(there, here, x)
+    x, grad = x.to(device).requires_grad_(), grad.to(device)
+    with no_waits():
+        there(x).backward(grad)
+
+
 @each_family
 @each_shape
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -192,7 +205,7 @@ def test_forwards_may_come_before_their_backwards(device, family):
 
 @each_family
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_gradients_accumulate_as_on_cpu(device, family, use_reentrant):
+def test_gradients_accumulate_as_on_cpu(device, no_waits, family, use_reentrant):
     here = make(family)
     there = on(device, here)
     pairs = data()
@@ -209,6 +222,15 @@ def test_gradients_accumulate_as_on_cpu(device, family, use_reentrant):
                 output.backward(grad.to(where))
         assert_close([p.grad for p in there.parameters()], [p.grad for p in here.parameters()])
         assert_buffers(there, here)
+    inputs = [(x.to(device).requires_grad_(), grad.to(device)) for x, grad in pairs[1:4]]
+    with no_waits():
+        for x, grad in inputs:
+            output = (
+                there(x)
+                if use_reentrant is None
+                else checkpoint(there, x, use_reentrant=use_reentrant)
+            )
+            output.backward(grad)
 
 
 @each_family
