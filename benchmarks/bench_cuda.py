@@ -25,7 +25,7 @@ from benchmarks.workloads import (
     training_step,
 )
 
-FAMILIES = ["ema", "cumulative", "moving_average"]
+FAMILIES = ["ema", "cumulative", "moving_average", "renorm"]
 SIZE = (16, 3, 64, 64)
 LARGE = (256, 64, 56, 56)
 TRAINING = "bare forward, training mode"
@@ -36,6 +36,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "EMABatchNorm2d": bnstats.EMABatchNorm2d,
     "CumulativeBatchNorm2d": bnstats.CumulativeBatchNorm2d,
     "MovingAverageBatchNorm2d": partial(bnstats.MovingAverageBatchNorm2d, warmup=0),
+    "RenormBatchNorm2d": partial(bnstats.RenormBatchNorm2d, warmup=0, ramp=1),
 }
 
 

@@ -114,6 +114,24 @@ def test_a_captured_step_goes_on_from_what_others_wrote_between_replays(monkeypa
     torch.testing.assert_close(layer.running_mean, (5 + x.mean(0)) / 2)
 
 
+ASKING = {
+    "counts",
+    "moving_average_step",
+    "moving_average_recall",
+    "recall",
+    "gather_moments",
+    "sum_over_replicas",
+}
+"""Operators that ask Python for more than their tensors."""
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
+def test_only_operators_that_ask_python_split_what_is_made_a_cuda_graph():
+    for name in (*ASKING, "moving_average_gradient"):
+        tags = getattr(torch.ops.bnstats, name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == (name in ASKING), name
+
+
 class TestCuda:
     @each_family
     def test_a_replayed_step_is_the_eager_one(self, cuda, family):

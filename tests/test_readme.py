@@ -1,5 +1,6 @@
 """The README's examples run, and its commands are those of CI."""
 
+import fnmatch
 import importlib
 import inspect
 import re
@@ -63,3 +64,22 @@ def test_every_public_name_and_option_is_listed_with_a_link_to_its_docstring():
 def test_links_lead_to_files_that_are_there():
     for link in re.findall(r"\]\(((?!http)[^)#]+)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_what_is_promised_is_shown_by_tests_that_are_there():
+    section = README.split("## What is promised")[1].split("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ")][2:]
+    files = {path.stem: path for folder in ("tests", "benchmarks") for path in _python(folder)}
+    functions = re.findall(r"def (test_\w+)", "".join(p.read_text() for p in files.values()))
+    assert len(rows) > 15
+    for row in rows:
+        promise, *shown = (cell.strip() for cell in row.strip("|").split(" | "))
+        names = re.findall(r"`((?:test|bench)_[\w*]+|\w+_layers)`", " ".join(shown))
+        assert names, f"nothing shows: {promise}"
+        for name in names:
+            there = fnmatch.filter([*files, *functions], name)
+            assert there, f"{promise}: there is no {name}"
+
+
+def _python(folder):
+    return (ROOT / folder).glob("*.py")

@@ -163,7 +163,11 @@ def _operator_shape(gradients: Tensor, *_: object) -> Tensor:
 
 
 _OPERATOR = register(
-    "moving_average_gradient", _operator, _operator_shape, "gradients", "gradient_steps"
+    "moving_average_gradient",
+    _operator,
+    _operator_shape,
+    *("gradients", "gradient_steps"),
+    replayed=True,
 )
 
 

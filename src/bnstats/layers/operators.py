@@ -16,13 +16,19 @@ _NUMBERS = itertools.count()
 _LIVING: WeakValueDictionary[int, Referable] = WeakValueDictionary()
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
-if hasattr(torch.Tag, "cudagraph_unsafe"):
-    # What is replayed does not ask again whether it is run in a backward.
-    _TAGS.append(torch.Tag.cudagraph_unsafe)
+_NOT_REPLAYED = (
+    [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+)  # not in torch 2.6
+"""Splits what ``torch.compile(mode="reduce-overhead")`` makes a CUDA graph of. A replay is the same
+kernels again: it does not ask whether it is run in a backward, and finds no Python object anew."""
 
 
 def register(
-    name: str, function: Callable[..., Any], shapes: Callable[..., Any], *mutates: str
+    name: str,
+    function: Callable[..., Any],
+    shapes: Callable[..., Any],
+    *mutates: str,
+    replayed: bool = False,
 ) -> Callable[..., Any]:
     """Make a function the operator ``torch.ops.bnstats.name``, and return that.
 
@@ -33,11 +39,13 @@ def register(
         function: what it does, with annotations; returns a tensor or a tuple of them.
         shapes: returns empty tensors like those that the function returns.
         mutates: names of the arguments that the function writes to.
+        replayed: a CUDA graph may hold it, for it is a matter of its tensors alone.
     """
     if not hasattr(torch.ops.bnstats, name):  # else the package is imported once more
         full_name = f"bnstats::{name}"
         schema = torch.library.infer_schema(function, mutates_args=mutates)
-        torch.library.define(full_name, schema, tags=_TAGS)
+        tags = _TAGS if replayed else [*_TAGS, *_NOT_REPLAYED]
+        torch.library.define(full_name, schema, tags=tags)
         torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, shapes)
         torch.library.register_vmap(full_name, _one_by_one(name))
