@@ -254,8 +254,9 @@ def test_the_kept_results_have_every_promise(name, work, what, against, at_most)
 def test_what_has_a_goal_on_a_gpu_runs_without_one_too(load, tmp_path):
     rows = load("bench_cuda").goals(load("rows").Run(quick=True, folder=tmp_path))
     promised = {row.what: row.at_most for row in rows if row.at_most is not None}
-    layers = ("EMABatchNorm2d", "CumulativeBatchNorm2d", "MovingAverageBatchNorm2d")
-    steps = ("ema", "cumulative", "moving_average")
+    families = ("EMA", "Cumulative", "MovingAverage", "Renorm")
+    layers = [f"{family}BatchNorm2d" for family in families]
+    steps = ("ema", "cumulative", "moving_average", "renorm")
     assert promised == {
         **dict.fromkeys(layers, 1.05),
         **dict.fromkeys(steps, 1.02),
