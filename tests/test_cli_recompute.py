@@ -73,7 +73,7 @@ def recompute(*arguments, model="job:model", loader="job:loader"):
 @pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
 def test_the_output_has_the_population_statistics_and_all_else_as_it_was(here, capsys, method):
     state = save(wrap=lambda state: {"epoch": 7, "state_dict": state, "optimizer": {"lr": [0.1]}})
-    assert recompute("--method", method, "--stats", "stats.npz") == 0
+    assert recompute("--method", method, "--device", "cpu", "--stats", "stats.npz") == 0
     out, err = capsys.readouterr()
     assert "2 BatchNorm layers recalibrated" in out
     assert "written to out.pt" in out
@@ -318,11 +318,12 @@ def test_torchrun_measures_together_and_one_process_writes():
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["-m", "bnstats", "recompute", "job:model", "job:loader", "--no-progress"]
     command += ["--checkpoint", "in.pt", "--output", "two.pt", "--stats", "two.npz"]
+    one_each = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [*command[:3], "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint",
          "127.0.0.1:0", *command[3:]],
         capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, **one_each, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("BatchNorm layers recalibrated") == 1
