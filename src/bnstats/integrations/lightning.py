@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 try:
@@ -19,7 +19,6 @@ except ImportError:  # the same under the name that it is published under as wel
             "bnstats.integrations.lightning needs Lightning: pip install lightning"
         ) from error
 
-from bnstats.errors import InvalidTypeError
 from bnstats.integrations.recalibrator import Batches, Recalibrator
 from bnstats.traversal import is_average
 
@@ -69,13 +68,7 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be read or run, now rather than after an epoch."""
-        self._state = None
-        has_none = getattr(type(pl_module), "forward", None) is LightningModule.forward
-        if has_none and self._options.get("forward") is None:
-            raise InvalidTypeError(
-                f"RecalibrateBatchNorm calls the module on a batch, and {type(pl_module).__name__} "
-                "has no forward: pass forward=lambda module, batch: module.net(batch[0]), for one"
-            )
+        self._begin(pl_module, without=LightningModule.forward)
         self._batches(trainer, pl_module)
 
     def on_train_batch_end(
@@ -108,13 +101,6 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
 
     def _batches(self, trainer: Any, pl_module: Any) -> Iterable[Any]:
         """Return what the training reads, each batch on the way that the training sends it."""
-        loader = trainer.train_dataloader if self._loader is None else self._loader
-        if isinstance(loader, (Mapping, list, tuple)) and self._loader is None:
-            raise InvalidTypeError(
-                f"RecalibrateBatchNorm: the trainer has a {type(loader).__name__} of "
-                f"{len(loader)} training loaders: pass loader=, and forward= where the model does "
-                "not take its batches"
-            )
 
         def prepare(batch: Any) -> Any:
             batch = trainer.precision_plugin.convert_input(batch)
@@ -122,4 +108,4 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
         limit = trainer.num_training_batches if self._loader is None else math.inf
-        return Batches(loader, prepare, limit)
+        return Batches(self._one_loader(trainer.train_dataloader), prepare, limit)

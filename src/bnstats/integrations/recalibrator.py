@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from bnstats.errors import InvalidValueError, nearest
+from bnstats.errors import InvalidTypeError, InvalidValueError, nearest
 from bnstats.private import apart_from_other_readers
 from bnstats.recompute import Recalibration, recompute_population_stats
 from bnstats.traversal import Include
@@ -64,6 +64,32 @@ class Recalibrator:
         self._options = {**DEFAULTS, **options}
         self._state: Hashable = None
 
+    def _begin(self, model: nn.Module, *, without: Callable[..., Any] = nn.Module.forward) -> None:
+        """Forget an earlier training, and refuse a model that cannot be called.
+
+        Args:
+            model: what will be trained.
+            without: the forward of a class that defines none.
+        """
+        self._state = None
+        if self._options.get("forward") is None and type(model).forward is without:
+            raise InvalidTypeError(
+                f"RecalibrateBatchNorm calls the module on a batch, and {type(model).__name__} "
+                "has no forward: pass forward=lambda module, batch: module.net(batch[0]), for one"
+            )
+
+    def _one_loader(self, of_trainer: Any) -> Iterable[Any]:
+        """Return the loader that was passed, or else the trainer's only one."""
+        if self._loader is not None:
+            return self._loader
+        if isinstance(of_trainer, (Mapping, list, tuple)):
+            raise InvalidTypeError(
+                f"RecalibrateBatchNorm: the trainer has a {type(of_trainer).__name__} of "
+                f"{len(of_trainer)} training loaders: pass loader=, and forward= where the model "
+                "does not take its batches"
+            )
+        return of_trainer
+
     def _is_due(self, epochs: int, *, ends: bool) -> bool:
         """Whether to recalibrate after so many epochs; always where the training ends."""
         return ends or (self.every_n_epochs is not None and epochs % self.every_n_epochs == 0)
@@ -83,7 +109,7 @@ class Recalibrator:
         Args:
             model: what is being trained.
             loader: the trainer's.
-            state: tells one state of the weights from another.
+            state: identifies the state of the weights.
             averages: of its weights, beside those that the user named.
         """
         averages = dict.fromkeys((*self._averaged_models, *averages))

@@ -45,9 +45,11 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
         >>> # Trainer(model, arguments, train_dataset=data, callbacks=[recalibration])
     """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget an earlier training."""
-        self._state = None
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot be run, now rather than after an epoch."""
+        self._begin(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recalibrate before an evaluation or a checkpoint between epochs, and at the end."""
@@ -63,8 +65,6 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
             self._run(state, **kwargs)
 
     def _run(self, state: Any, *, model: nn.Module, train_dataloader: Any, **_: Any) -> None:
-        loader = self._loader
-        if loader is None:
-            # Accelerate's keeps count of where the training is; what it wraps does not.
-            loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        # Accelerate's keeps count of where the training is; what it wraps does not.
+        loader = self._one_loader(getattr(train_dataloader, "base_dataloader", train_dataloader))
         self._recalibrate(model, loader, state=state.global_step)
