@@ -16,7 +16,7 @@ The map:
 - :func:`hold_statistics`: training forwards that move no statistics.
   :func:`freeze_statistics`: layers that normalize with theirs in every mode of the model,
   until :func:`thaw_statistics`.
-- :func:`diagnose`: is it the batch norm? One verdict, its evidence, and the line that mends it.
+- :func:`diagnose`: is it the batch norm? One verdict, its evidence, and the fix.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
   :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
 - :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.

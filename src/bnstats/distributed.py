@@ -190,7 +190,7 @@ class Agreement:
 
 
 def _difference(value: object, other: object) -> str:
-    """Return a value; of a sequence what the other has not."""
+    """Return a value; for a sequence, an item that the other lacks."""
     if isinstance(value, tuple) and isinstance(other, tuple):
         own = [item for item in value if item not in other]
         return f"{len(value)} with {own[0]!r}" if own else f"{len(value)}"
@@ -200,12 +200,12 @@ def _difference(value: object, other: object) -> str:
 class Exchange:
     """One step of every process, and one collective at its end.
 
-    An error inside the context is raised there once the others know of it, and they raise too:
-    no process is left waiting, and none goes on.
+    An error inside the context is raised there after the other processes were informed. They
+    raise too, so none is left waiting, and none goes on.
 
     Attributes:
         results: what every process has sent, stacked in rank order; after the context, and on
-            CPU: what follows is computed in one way by all, whatever their devices do.
+            CPU: all processes compute what follows in the same way, on any device.
 
     Raises:
         PeerError: the step failed in another process.
@@ -216,7 +216,7 @@ class Exchange:
         self._shape = (peers.size, *like.shape)
         self.results: Tensor
         if not peers.alone:
-            # Made before the step: a device that has no memory left can still tell the others.
+            # Made before the step: a device that runs out of memory can still inform the others.
             shape, device = (peers.size, 1 + like.numel()), peers.common_device
             self._received = torch.zeros(shape, dtype=like.dtype, device=device)
             self._message = torch.zeros_like(self._received[0])

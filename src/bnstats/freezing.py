@@ -113,10 +113,10 @@ def frozen_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[st
 class _Frozen:
     """Stands for a layer's ``train``, which ``Module.train`` and ``eval`` call for each child.
 
-    As an attribute of the layer it is in whatever copies, pickles or converts the layer.
+    It is an attribute of the layer, so copies, pickles and conversions of the layer keep it.
 
     Attributes:
-        mode: what the layer was last asked to be.
+        mode: the mode that was last requested.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -124,7 +124,7 @@ class _Frozen:
         self.mode = layer.training
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        """Take the mode for later; what is inside the layer, an activation say, has it now."""
+        """Keep the mode for later; modules inside the layer, such as an activation, take it now."""
         layer = self._layer
         type(layer).train(layer, mode)
         self.mode, layer.training = layer.training, False

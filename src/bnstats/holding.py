@@ -56,7 +56,7 @@ def hold_statistics(
     Note:
         A layer of another package that does not ask ``track_running_stats``, as torch's do, is
         held where it runs eagerly, and not in compiled code. DistributedDataParallel, unless
-        told ``broadcast_buffers=False``, copies the first process's buffers to the others before
+        given ``broadcast_buffers=False``, copies the first process's buffers to the others before
         every training forward, held or not.
 
     Example:

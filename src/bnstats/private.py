@@ -17,7 +17,7 @@ def in_backward_pass() -> bool:
     """Whether this thread is inside a backward pass of autograd.
 
     Activation checkpointing runs the forward again from there, for both of its kinds, and no
-    public name says so: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
+    public name shows it: ``torch.utils.checkpoint`` lets a caller pass contexts, but a layer
     is not its caller. torch.compile cannot trace the question. It does not rerun the updates of
     buffers in a checkpoint inside compiled code; one around it is what operators ask for
     (:mod:`bnstats.layers.operators`).
@@ -83,7 +83,7 @@ def unseen() -> AbstractContextManager[object]:
 
 
 def outside_modes() -> AbstractContextManager[object]:
-    """Run operators with values, whatever records them or runs them without: see :func:`unseen`."""
+    """Run operators on real values, outside of recording and fake modes: see :func:`unseen`."""
     return _disable_current_modes()
 
 
@@ -120,12 +120,12 @@ def version(tensor: Tensor) -> float:
 
 
 def apart_from_other_readers(loader: Any) -> Any:
-    """Return a loader of the same batches whose reading disturbs nobody who reads this one.
+    """Return a loader of the same batches that can be read without disturbing a loop over this one.
 
     A DataLoader with persistent workers keeps one iterator. A second loop over it starts that
     iterator again, and the first loop ends with what its workers had already sent (12 of 24
-    samples). Whether a loop is underway, and how to have an iterator of one's own, no public
-    name says. A copy has workers of its own, which end with it.
+    samples). No public name shows whether a loop is underway, or gives an iterator of one's own. A
+    copy has workers of its own, which end with it.
     """
     iterator = vars(loader).get("_iterator") if isinstance(loader, DataLoader) else None
     if iterator is None or iterator._rcvd_idx >= iterator._send_idx:

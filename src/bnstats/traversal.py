@@ -88,8 +88,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield ``(name, module)`` for every module, each once, in the order of ``named_modules``.
 
-    The name is that of the unwrapped model: a wrapper's key is no part of it. The root's is "",
-    and a module that stands in several places has the first one's.
+    The name is that of the unwrapped model: a wrapper's key is not part of it. The root's is
+    "", and a module in several places has the name of the first.
     """
     check_module(model)
     places = {"": ("", model)}

@@ -1,4 +1,4 @@
-"""``bnstats check``: what a checkpoint's batch-norm statistics say by themselves, without data.
+"""``bnstats check``: find faults in a checkpoint's batch-norm statistics, without data.
 
 The exit status is 1 if a layer was never updated, or has statistics that are negative or not
 finite: evaluation would be wrong. The rest are notes: channels whose variance is below eps, which

@@ -15,8 +15,8 @@ from bnstats.errors import InvalidValueError, LayerMismatchError, NonFiniteStati
 from bnstats.recompute.files import replacing
 
 _KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
-"""Under which a checkpoint may keep its state dict: the first that is there, unless one is asked
-for. Lightning's, timm's and Hugging Face's scripts, torch's own tutorials, timm's averages."""
+"""Keys of a checkpoint's state dict: the first that is there is used, unless one is requested.
+Lightning's, timm's and Hugging Face's scripts, torch's own tutorials, timm's averages."""
 
 _MEAN, _VAR = ".running_mean", ".running_var"
 
@@ -178,7 +178,7 @@ class Checkpoint:
         with replacing(path) as file:
             try:
                 torch.save(self.content, file)
-            except RuntimeError as error:  # torch's writer says so of a full disk
+            except RuntimeError as error:  # what torch's writer raises where the disk is full
                 raise OSError(f"{path}: writing failed: {_first_line(error)}") from error
             first()
 

@@ -97,7 +97,7 @@ def _known(running: RunningStats) -> LayerStats:
 
 
 def _without_errors(drifts: Mapping[str, Drift]) -> str:
-    """Return a table of what two checkpoints say: nothing of values and standard errors."""
+    """Return a table of two checkpoints' drift, which have no counts and no standard errors."""
     width = max(len("layer"), *map(len, drifts))
     lines = [
         f"{'layer':<{width}}  {'channels':>8}  {'mean shift, sd':>20}  {'var ratio':>20}  "

@@ -2,7 +2,7 @@
 
 The first looks at the running averages of a convolutional net while it trains: how far they are
 from the population statistics of the very digits it is trained on, and what recalibration
-mends. The second normalizes over 32 digits, over 2, and over 2 with moving averages.
+fixes. The second normalizes over 32 digits, over 2, and over 2 with moving averages.
 
 With --photos it fine-tunes a network with its ImageNet weights on photographs instead, and shows
 what recalibration is worth there: a few minutes on two cores.
@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its options."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "demo",
-        help="train on handwritten digits, see the statistics' errors, mend them",
+        help="train on handwritten digits, see the statistics' errors, fix them",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

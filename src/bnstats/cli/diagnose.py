@@ -1,4 +1,4 @@
-"""``bnstats diagnose``: is it the batch norm? A verdict, its evidence, the line that mends it."""
+"""``bnstats diagnose``: is it the batch norm? A verdict, its evidence, the fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command and its options."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "diagnose",
-        help="tell whether a model evaluates badly because of its batch norm",
+        help="find out whether a model evaluates badly because of its batch norm",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -96,8 +96,8 @@ def check_targets(options: argparse.Namespace, *names: str, may_replace: str | N
 
     Raises:
         InvalidValueError: two options name the same file.
-        FileExistsError: a file is there, and nobody said that it may be replaced.
-        FileNotFoundError: a folder is not.
+        FileExistsError: a file is there, and ``--overwrite`` was not passed.
+        FileNotFoundError: a folder does not exist.
     """
     paths: dict[str, Path] = {n: p for n in names if (p := getattr(options, n)) is not None}
     for name, path in paths.items():
@@ -117,7 +117,7 @@ def check_targets(options: argparse.Namespace, *names: str, may_replace: str | N
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Return the device that is asked for, or the default.
+    """Return the requested device, or the default.
 
     Raises:
         InvalidValueError: there is none of this name.

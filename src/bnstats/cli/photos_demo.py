@@ -36,7 +36,7 @@ _TRAININGS: list[tuple[str, Callable[[nn.Module], nn.Module], int]] = [
     ("EMABatchNorm, momentum 0.1, 16", _ema, 16),
     ("EMABatchNorm, momentum 0.1, 2", _ema, 2),
 ]
-"""What is told of each, how the network is changed, and the normalization batch."""
+"""The label of each run, how the network is changed, and the normalization batch."""
 
 
 @dataclass(frozen=True)

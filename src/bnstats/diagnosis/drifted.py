@@ -81,8 +81,8 @@ class Explained(NamedTuple):
 
     Attributes:
         momentum: its weight of a new batch; None for an average over all batches.
-        num_updates: batches that it has averaged; None where it does not say.
-        initial_weight: what the initial 0 and 1 still weigh; 0 in a debiased average.
+        num_updates: batches that it has averaged; None where it is not known.
+        initial_weight: the weight of the initial 0 and 1; 0 in a debiased average.
         of_one_batch: standard error of one batch's statistics.
         expected: that of the average, by its momentum.
         at_default: that of an average of momentum 0.1.

@@ -31,8 +31,8 @@ def measure_metric(
 ) -> dict[str, Tensor]:
     """Return the metric of every sample under every set of statistics, float64 of shape (N,).
 
-    Each batch is asked under all of them, so that differences are those of the same samples. The
-    model is in evaluation mode; its own running statistics are back at the end.
+    Each batch is evaluated with all of them, so that differences are between the same samples. The
+    model is in evaluation mode; its own running statistics are restored at the end.
     """
     before = {name: RunningStats.of(layer) for name, layer in layers.items()}
     values: dict[str, list[Tensor]] = {name: [] for name in statistics}

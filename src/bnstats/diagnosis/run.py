@@ -45,10 +45,10 @@ def diagnose(
     device: torch.device | str | None = None,
     max_batches: int | None = None,
 ) -> Diagnosis:
-    """Tell whether a model evaluates badly because of its batch norm, and what mends it.
+    """Find out whether a model evaluates badly because of its batch norm, and how to fix it.
 
-    The running statistics are held against the population statistics of the loader, each layer's
-    distance against its standard error, and against what its momentum, its number of updates and
+    The running statistics are compared with the population statistics of the loader, and each
+    layer's distance with its standard error and with what its momentum, its number of updates and
     the spread between batches explain. A distance is in standard deviations of the layer's output,
     and large from 0.1 on. The model is left as it was.
 
@@ -62,14 +62,14 @@ def diagnose(
             ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
             sample with running and with population statistics, on the target if there is one.
         target: batches of the data that the model is evaluated on, where these may be others.
-        expected: what the metric should be. If it is less, and statistics do not mend it, the fault
-            is not the batch norm's; what is normal for a model, only its user knows.
+        expected: what the metric should be. If it is less, and statistics do not improve it,
+            the fault is not the batch norm's. Only the user knows what is normal for a model.
         forward: ``forward(model, batch)`` where batches do not go in by themselves.
         device: where batches go; by default where the model's first parameter is.
         max_batches: read at most so many of each loader.
 
     Returns:
-        One verdict, its evidence, and the line that mends it; ``print`` shows all.
+        One verdict, its evidence, and the line that fixes it; ``print`` shows all.
 
     Raises:
         InvalidValueError: an empty loader, an iterator where it is read twice, a metric that is not

@@ -1,4 +1,4 @@
-"""A diagnosis as a value: what is wrong, by which evidence, and what mends it."""
+"""A diagnosis as a value: what is wrong, the evidence, and the fix."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ NOT_BATCH_NORM = "not the batch norm"
 
 REMEDIES: Mapping[str, str] = MappingProxyType(
     {
-        HEALTHY: "nothing to mend in the batch norm's statistics",
-        CANNOT_TELL: "diagnose again with a metric, or with more data in the loader, or for it",
+        HEALTHY: "the batch norm's statistics need no fix",
+        CANNOT_TELL: "diagnose again with a metric, or with more data in the loader or the metric",
         NOT_FINITE: "bnstats.recompute_population_stats(model, loader); in training, "
         'bnstats.convert_batchnorm(model, "ema"), whose layers leave out such batches',
         FROZEN: "bnstats.recompute_population_stats(model.eval(), loader); train them on with "
@@ -38,10 +38,10 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         AVERAGES_LAG: "bnstats.recompute_population_stats(model, loader)",
         OTHER_DATA: "bnstats.recompute_population_stats(model, target, "
         "prior=bnstats.measure_population_stats(model, loader))",
-        NOT_BATCH_NORM: "look elsewhere: the weights, the labels, how inputs are prepared",
+        NOT_BATCH_NORM: "check the weights, the labels and how inputs are prepared",
     }
 )
-"""What mends each fault: one line."""
+"""The fix for each fault: one line."""
 
 
 class Measured(NamedTuple):
@@ -70,7 +70,7 @@ class Diagnosis:
             ``"too few updates"``, ``"momentum too high"``, ``"batch too small"``,
             ``"averages lag"``, ``"other data"``, ``"not the batch norm"``.
         evidence: what it rests on, a sentence each.
-        remedy: the line that mends it.
+        remedy: the line that fixes it.
         drift: by layer name, how far the running statistics are from the loader's population.
         metrics: the metric with the statistics that are named: ``"running"``, ``"population"`` of
             the loader, ``"target"``; empty without a metric.
@@ -91,7 +91,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether there is nothing to mend in the batch norm's statistics."""
+        """Whether the batch norm's statistics need no fix."""
         return self.verdict == HEALTHY
 
     def __str__(self) -> str:

@@ -39,17 +39,17 @@ def weigh(
     if finding is None and values and _gain(values, "population") > _SURE:
         finding = (
             verdict.AVERAGES_LAG,
-            f"population statistics mend the metric; {_worst(cases)}",
+            f"population statistics improve the metric; {_worst(cases)}",
         )
     if finding is not None:
         return finding[0], [finding[1], *about_metric]
     if expected is not None and (short := _shortfall(values, expected)):
         return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
     if of_dropout and not values:
-        about_metric.append("whether that does harm, only a metric can tell")
+        about_metric.append("only a metric can tell whether that does harm")
         return verdict.CANNOT_TELL, about_metric
     if any(x.distance.may_be_material and not x.is_of_dropout for x in cases.values()):
-        few = f"{_worst(cases)}: the loader has too few samples to tell that from chance"
+        few = f"{_worst(cases)}: the loader has too few samples to distinguish that from chance"
         return verdict.CANNOT_TELL, [few, *about_metric]
     if values and (count := len(values["running"])) < _FEWEST_SAMPLES:
         few = f"the metric has {count} samples, too few for a standard error"
@@ -110,7 +110,7 @@ _WHOSE = {"population": "loader's population", "target": "target"}
 
 
 def _shortfall(values: Mapping[str, Tensor], expected: float) -> str:
-    """Say that the metric is less than expected whatever the statistics; nothing where not."""
+    """Return a message if the metric is below what was expected with any statistics, else ""."""
     best = max((summarize(x) for x in values.values()), key=lambda measured: measured.mean)
     if not expected - best.mean > _SURE * best.stderr:
         return ""

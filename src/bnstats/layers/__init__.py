@@ -55,7 +55,7 @@ __all__ = [
 def _document_options() -> None:
     """Add the options of a family's class to the docstrings of those of 1, 2 and 3 dimensions.
 
-    ``EMABatchNorm2d?`` is to tell them, in the words of the one place where they are written.
+    So ``EMABatchNorm2d?`` shows them, and they are written in one place.
     """
     for name in __all__:
         cls = globals()[name]

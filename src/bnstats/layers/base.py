@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class RunningStatsBatchNorm(TrackingBatchNorm):
-    """BatchNorm with running statistics of its own, in all else torch's.
+    """BatchNorm with running statistics of its own; everything else is torch's.
 
     Evaluation normalizes by the running statistics and training by the batch's own, as
     ``nn.BatchNorm`` does: with torch's kernel, or where it is faster by
@@ -141,7 +141,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             mask: boolean, of the input's shape without its channel axis, or broadcastable to
                 it; True for the positions whose values count. Every position is normalized.
         """
-        # A module finds its attributes slowly, and this is asked in every forward.
+        # Attribute access on a module is slow, and every forward comes through here.
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if not self.training and mean is not None:
             self._check_input_dim(input)

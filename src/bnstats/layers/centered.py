@@ -65,7 +65,7 @@ class CenteredConv1d(nn.Conv1d):
 
 
 class CenteredConv2d(nn.Conv2d):
-    """``nn.Conv2d`` with centered weights: one mean per output channel, over all else.
+    """``nn.Conv2d`` with centered weights: one mean per output channel, over all other axes.
 
     Arguments are those of ``nn.Conv2d``, groups and padding modes included. Zeros of the
     padding have a mean of their own: only away from the edges does a constant input give 0.

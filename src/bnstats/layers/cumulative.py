@@ -29,7 +29,7 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
 
     Output and gradients in training are ``nn.BatchNorm``'s. ``running_mean`` and
     ``running_var`` are the mean and the unbiased variance of every value seen since the last
-    ``reset_running_stats()``, whatever the sizes of the batches: for a batch of n values with
+    ``reset_running_stats()``, for batches of any sizes: for a batch of n values with
     mean m and unbiased variance s, after N values, ``d = m - running_mean`` and ``T = N + n``::
 
         running_mean <- running_mean + (n / T) d
@@ -44,8 +44,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     batch. What others write to them counts: the recursion goes on from it. A
     ``num_batches_tracked`` that others set to 0 starts it anew.
 
-    A batch whose statistics are not finite changes nothing; an empty one neither, nor does any
-    with momentum 0. Running statistics move once per training forward, also under activation
+    An empty batch, a batch whose statistics are not finite, and any batch with momentum 0 change
+    nothing. Running statistics move once per training forward, also under activation
     checkpointing.
 
     Args:

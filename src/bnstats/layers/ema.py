@@ -35,17 +35,18 @@ class EMABatchNorm(RunningStatsBatchNorm):
     counts the variance between batch means too, as the variance over all values does; an
     average of within-batch variances misses it, and small batches of unlike data miss most.
     Q takes out what batch means differ by chance alone: for batches of one size from one
-    distribution the expectation of running_var is their variance, whatever n, t and momentum.
+    distribution the expectation of running_var is their variance, for every n, t and momentum.
 
-    A batch whose statistics are not finite changes nothing; an empty one neither, nor does any
-    with momentum 0. Running statistics move once per training forward, also under activation
+    An empty batch, a batch whose statistics are not finite, and any batch with momentum 0 change
+    nothing. Running statistics move once per training forward, also under activation
     checkpointing. After ``module.half()`` the buffers are half, as ``nn.BatchNorm``'s; each
     update is computed in float32, and a batch that they cannot hold changes nothing either.
 
     Args:
         num_features: C, the number of channels.
         eps: added to the variance before the square root.
-        momentum: weight of the new batch in the limit, in [0, 1]; None weighs batch t by 1/t.
+        momentum: weight of the new batch in the limit, in [0, 1]. 1 keeps the latest batch alone;
+            None weighs batch t by 1/t.
         affine: learn a weight and a bias per channel.
         track_running_stats: False keeps no running statistics; evaluation then uses the
             batch's, as in ``nn.BatchNorm``.
@@ -120,8 +121,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
     def adopt_statistics(self) -> None:
         """Keep statistics that no batch was counted for; a debiased average would drop them.
 
-        ``nn.BatchNorm`` counts a checkpoint from before torch 0.4.1 as 0 batches. Its averages
-        are taken to have long forgotten their start: ``num_batches_tracked`` says so.
+        ``nn.BatchNorm`` counts a checkpoint from before torch 0.4.1 as 0 batches. Its
+        averages are assumed to be free of their start, and ``num_batches_tracked`` is set so.
         """
         mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         if not self.debias or mean is None or var is None or counter is None:

@@ -35,10 +35,10 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
             spatial axes; None: such a layer is an error.
 
     Raises:
-        InvalidValueError: a layer of torch's own in training mode, which knows no masks; no
-            layer of this package; in a forward, a mask that does not fit a layer's input, or,
-            where the host need not wait to know, has no valid position: on CPU, and not in
-            compiled code. Elsewhere a batch of padding alone moves no statistic. The message
+        InvalidValueError: a layer of torch's own in training mode, which takes no mask; no
+            layer of this package; in a forward, a mask that does not fit a layer's input, or
+            one without a valid position, on CPU and in eager mode. On a device, or in compiled
+            code, the host does not wait to know: such a batch moves no statistic. The message
             has the layer's name.
         InvalidTypeError: not a Module, or a mask that is not boolean.
 

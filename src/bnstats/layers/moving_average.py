@@ -58,7 +58,7 @@ class MovingAverageBatchNorm(MovingAverageState):
     - ``momentum``: evaluation averages over ``1 / momentum`` forwards; small batches need many.
 
     Where batch norm has many values (batches of 16 and more, many positions in an image) this
-    layer has nothing to mend. Measurements are in ``benchmarks/results/cpu/small_batch.md``.
+    layer has no advantage. Measurements are in ``benchmarks/results/cpu/small_batch.md``.
 
     Args:
         num_features: C, the number of channels.

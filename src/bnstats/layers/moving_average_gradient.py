@@ -184,7 +184,7 @@ def _anywhere(
         return zeros, zeros, lambda _: torch.zeros_like(x)
     # torch.vmap has no rule for addcmul_.
     transformed, dtype, square = intercepted(), grad.dtype, var + eps
-    if transformed:  # nor does its rule take half beside wider statistics
+    if transformed:  # and its rule does not take half inputs with wider statistics
         grad, x = grad.to(var.dtype), x.to(var.dtype)
     # In evaluation mode the kernel on CPU does not read what training saves. Those of CUDA and
     # torch.vmap's rule ask for it, and may take it in place of the running statistics.

@@ -86,9 +86,9 @@ def _recall(
     held_scales: Tensor | None,
     held_steps: Tensor | None,
 ) -> Scale:
-    """Find the step that is run again, by its mean square; nothing else tells it apart.
+    """Find the step that is run again by its mean square, the only thing that identifies it.
 
-    Where batches are alike it is the latest whose backward has not run yet.
+    Where batches are alike, take the latest step whose backward is still to come.
     """
     length, norm = len(mean_squares), torch.linalg.vector_norm
     steps = ring_buffer.latest_steps(num_steps, gradient_steps)

@@ -21,9 +21,9 @@ _SAME_BATCH = 0.01
 
 
 class Recall(Referable):
-    """A value for each of the last forwards, by a vector that tells the forward's batch.
+    """A value for each of the last forwards, by a vector that identifies the forward's batch.
 
-    A copy, or what is unpickled, remembers nothing.
+    A copy or an unpickled one is empty.
 
     Args:
         before: the rows of the value of forwards before the first that was remembered; None
@@ -68,7 +68,7 @@ class Recall(Referable):
                 raise _too_long_ago()
             return before
         keys, values = (torch.stack(column) for column in zip(*known, strict=True))
-        # A channel that is not finite leaves it to the others to tell the batch.
+        # Channels that are not finite do not help to identify the batch.
         norm = partial(torch.linalg.vector_norm, dim=-1)
         distance = norm(_finite(keys - key))
         index = distance.argmin().view(1)

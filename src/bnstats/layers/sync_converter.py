@@ -11,12 +11,12 @@ from bnstats.errors import warn
 
 
 class Unset:
-    """An attribute that a layer does not have, and that warns of who asks for it.
+    """A missing attribute that warns when torch's converter reads it.
 
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` puts a new layer in the place of every BatchNorm,
-    whatever its class, and so do timm's of that name and trainers that call it (Lightning's
-    ``Trainer(sync_batchnorm=True)``). They offer no hook, but they ask each layer for its
-    ``qconfig``, to copy that. A layer that quantization has given one has it as usual.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` replaces every BatchNorm, of any class, by a new
+    layer, as do timm's function of that name and trainers that call it (Lightning's
+    ``Trainer(sync_batchnorm=True)``). They offer no hook, but they read each layer's ``qconfig`` to
+    copy it. A layer that was given one by quantization has it as usual.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:

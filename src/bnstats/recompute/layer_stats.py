@@ -172,7 +172,7 @@ class LayerStats:
             spread = spread + change(part.spread.permute(1, 2, 0), *about)
             sample_spread = sample_spread + change(part.sample_spread.permute(1, 2, 0), *about)
             errors = errors.plus(part._errors().referred(shift), (part.count / count) ** 2)
-        # Those of one part alone say nothing of all.
+        # If one part lacks them, the merged statistics do too.
         taken = self.num_samples and other.num_samples
         num_samples = self.num_samples + other.num_samples if taken else 0
         merged = replace(

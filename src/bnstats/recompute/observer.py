@@ -1,7 +1,7 @@
 """Observing the inputs of BatchNorm layers, and choosing what the layers normalize with.
 
 The model runs in evaluation mode. A forward pre-hook passes each input to a callback, which takes
-the moments and writes what the layer shall normalize with into its running statistics: one
+the moments and writes what the layer is to normalize with into its running statistics: one
 mechanism for every method and every BatchNorm, subclasses with a forward of their own,
 SyncBatchNorm on CPU and batches of one value per channel included.
 """
@@ -68,10 +68,10 @@ class ObservedLayer:
     Attributes:
         name: its name in the unwrapped model.
         module: the layer.
-        about_zero: it keeps its statistics about zero, and says so by a method
-            ``statistics_about_zero()``, which any layer may have.
-        reference: what the spread between samples is taken about, of shape (C,): one for all
-            batches, as then their sums add up; None where it is not taken.
+        about_zero: whether its statistics are about zero: what its method
+            ``statistics_about_zero()``, which any layer may have, returns.
+        reference: the center of the spread between samples, of shape (C,). It is the same for
+            all batches, so that their sums add up; None where no spread is measured.
     """
 
     name: str
@@ -81,7 +81,7 @@ class ObservedLayer:
 
     @classmethod
     def of(cls, name: str, module: _BatchNorm, *, samples: bool = False) -> ObservedLayer:
-        """Ask the module for what it says of itself."""
+        """Describe a module, by its own methods where it has them."""
         statistics_about_zero = getattr(module, "statistics_about_zero", None)
         about_zero = statistics_about_zero is not None and bool(statistics_about_zero())
         layer = cls(name, module, about_zero)

@@ -40,7 +40,7 @@ def observe(
     ``torch.inference_mode``. Nothing else changes, and nothing is written to the model.
 
     What a layer is given depends on the layers before it: in evaluation mode on their running
-    statistics, in training mode on their batches. ``seen.stats().drift_from(model)`` tells how far
+    statistics, in training mode on their batches. ``seen.stats().drift_from(model)`` shows how far
     this traffic is from what the model normalizes with; :func:`recompute_population_stats` with
     ``method="layerwise"`` finds statistics that agree with what they bring about.
 

@@ -12,7 +12,7 @@ from bnstats.recompute.shrinkage import shrink
 from bnstats.traversal import first_names
 
 _FEWEST_SAMPLES = 8
-"""Samples from which on their spread says something of what they are."""
+"""With fewer samples, their spread is too uncertain to judge them by."""
 
 _NARROW = 0.4
 """Spread, over the source's, of samples that are of one kind: those of one digit have some 0.25 in
@@ -67,7 +67,7 @@ class Prior:
 
     @property
     def description(self) -> str:
-        """What tells one prior from another."""
+        """A text that differs between priors."""
         sums = (float(x.mean.sum() + x.var.sum()) for x in self._source.values())
         return f"{len(self._source)} layers, {sum(sums):.17g}"
 
@@ -88,5 +88,5 @@ class Prior:
                 f"prior: the loader's {num_samples} samples differ little from each other: in "
                 f"layer '{name}' their variance is {relative_spread:.2f} of the prior's. If they "
                 "are of one class, or scene, their statistics are those of the class, and "
-                "adapting to them takes away what tells it from others; give samples of all kinds"
+                "adapting to them removes what distinguishes it; give samples of all kinds"
             )

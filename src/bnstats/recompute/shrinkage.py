@@ -2,7 +2,7 @@
 
 For one layer and a loader of k samples, in units of the source's standard deviation: ``shift`` is a
 channel's mean in the loader minus that in the source, ``e`` its standard error. A layer's channels
-together tell how far the data have really moved, ``t^2 = mean of (shift^2 - e^2)``, not below 0.
+together show how far the data have really moved, ``t^2 = mean of (shift^2 - e^2)``, not below 0.
 The best linear estimate of a mean moves from the source's by ``t^2 / (t^2 + e^2)`` of the shift (an
 empirical Bayes estimate). Logarithms of variances go the same way.
 """
@@ -65,7 +65,7 @@ def shrink(source: LayerStats, loader: Estimate, eps: float) -> Shrunk:
     var_error = max(scale, 1.0) * of_var * share
     var_weight = _weight(log_ratio, var_error)
     if int(loader.num_values[0]) < 2:
-        # A single value: what is a shift, and what would be the spread, cannot be told apart.
+        # With a single value a shift cannot be distinguished from the spread.
         mean_weight = var_weight = torch.zeros_like(mean_weight)
 
     weighted_square = square * (var_weight * log_ratio).exp()
