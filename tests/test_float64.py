@@ -1,4 +1,4 @@
-"""Devices without float64 are asked, not known by name, and are served in float32."""
+"""Devices without float64 are recognized by trying, not by name, and are served in float32."""
 
 import copy
 

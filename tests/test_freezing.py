@@ -1,4 +1,4 @@
-"""Frozen layers normalize with their running statistics, whatever becomes of the model."""
+"""Frozen layers normalize with their running statistics, whatever is done to the model."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ def batchnorms(model):
 
 
 def assert_frozen(model, x=None):
-    """Whatever it is told, the layers evaluate, no buffer moves, and parameters learn."""
+    """In every mode of the model the layers evaluate, no buffer moves, and parameters learn."""
     x = torch.randn(8, 3) if x is None else x
     before = [buffer.clone() for buffer in model.buffers()]
     for layer in batchnorms(model):

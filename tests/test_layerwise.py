@@ -278,7 +278,7 @@ def test_of_several_failing_batches_the_first_speaks():
 
 @pytest.fixture
 def ctrl_c_raises():
-    """Where the tests are started with SIGINT ignored, by nohup for one, nothing would come."""
+    """Where SIGINT is ignored when the tests start, as under nohup, nothing would be raised."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""MovingAverageBatchNorm against DESIGN section 4, for inputs of every kind."""
+"""MovingAverageBatchNorm against MABN's definition (arXiv:2001.06838), for inputs of every kind."""
 
 import copy
 

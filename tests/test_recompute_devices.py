@@ -192,7 +192,7 @@ def test_measuring_a_model_on_cpu_asks_no_accelerator(substitute, substitute_mod
 
 
 def test_measuring_a_model_on_cpu_makes_no_cuda_context():
-    """Forked children, a DataLoader's workers for one, could not use CUDA any more."""
+    """Forked children, such as a DataLoader's workers, could not use CUDA any more."""
     program = f"""
 import torch, bnstats
 def refuse(*_):

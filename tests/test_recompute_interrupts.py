@@ -40,7 +40,7 @@ def handler():
 
 
 class Slow(nn.Module):
-    """Keeps a thread of `layerwise` computing while the main one is told to end."""
+    """Keeps a thread of `layerwise` computing while the main one is interrupted."""
 
     def __init__(self, seconds):
         super().__init__()

@@ -76,7 +76,7 @@ def step(model, x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_converts_and_comes_back_to_its_classes(name):
-    with torch.device("meta"):  # classes and keys are asked here; numbers below
+    with torch.device("meta"):  # classes and keys are checked here; numbers below
         model = timm.create_model(name)
     before, keys = classes(model), [*model.state_dict()]
     activated = sum(type(layer) is BatchNormAct2d for layer in batchnorms(model))
