@@ -67,7 +67,7 @@ def _layerwise(
 
 
 def _sweeps(model: nn.Module, data: list[Tensor], work: str, run: Run) -> list[Row]:
-    """Measure sweeps, and count their multiplications: what they cost where all else is free."""
+    """Measure sweeps, and count their multiplications: their cost where everything else is free."""
     functions = {
         BARE: forward(model, data, training=False),
         SWEEPS: _method("sweeps", model, data),
