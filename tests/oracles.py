@@ -90,7 +90,7 @@ def renormalized(x, weight, bias, mean, var, eps, max_ratio, max_shift):
 
 
 class MovingAverage:
-    """MABN (Yan et al. 2020, arXiv:2001.06838, section 4) for one layer: forward, backward, state."""
+    """MABN (Yan et al. 2020, arXiv:2001.06838, section 4) for one layer, with its backward."""
 
     def __init__(self, channels, *, eps, momentum, window, warmup, renorm_warmup, max_ratio):
         self.eps, self.momentum, self.m = eps, momentum, window
