@@ -2,8 +2,13 @@
 
 import functools
 import importlib
+import os
 import sys
 from contextlib import contextmanager
+
+# Two processes share the cores: threads that wait must not spin, which took most of the CPU time.
+# OpenMP reads it when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
