@@ -88,7 +88,8 @@ class Recalibrator:
                 f"{len(of_trainer)} training loaders: pass loader=, and forward= where the model "
                 "does not take its batches"
             )
-        return of_trainer
+        loader: Iterable[Any] = of_trainer
+        return loader
 
     def _is_due(self, epochs: int, *, ends: bool) -> bool:
         """Whether to recalibrate after so many epochs; always where the training ends."""

@@ -45,11 +45,9 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
         >>> # Trainer(model, arguments, train_dataset=data, callbacks=[recalibration])
     """
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what cannot be run, now rather than after an epoch."""
-        self._begin(model)
+        self._begin(kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recalibrate before an evaluation or a checkpoint between epochs, and at the end."""
