@@ -99,8 +99,9 @@ def test_dir_shows_the_public_names():
 @cases.each_family
 def test_every_layer_tells_its_options(family):
     for cls in (family.base, *family.layers.values()):
-        assert cls.__doc__.count("Args:") == 1, cls
+        doc = inspect.cleandoc(cls.__doc__)
+        assert doc.count("Args:") == 1, cls
         for option in inspect.signature(cls).parameters:
-            assert f"        {option}: " in cls.__doc__, (cls, option)
-        assert cls.__doc__.splitlines()[0].strip(), cls
+            assert f"\n    {option}: " in doc, (cls, option)
+        assert doc.splitlines()[0], cls
         assert issubclass(cls, nn.modules.batchnorm._BatchNorm)

@@ -1,5 +1,7 @@
 """The drop-in layers: each ``...Nd`` class is also an instance of torch's ``nn.BatchNormNd``."""
 
+from inspect import cleandoc
+
 from bnstats.layers.centered import (
     CenteredConv1d,
     CenteredConv2d,
@@ -64,10 +66,11 @@ def _document_options() -> None:
         family = cls.__bases__[0]
         if family.__name__ not in __all__ or not family.__doc__:
             continue  # python -OO leaves no docstrings
-        _, begin, rest = family.__doc__.partition("    Args:\n")
+        # Python 3.13 takes the indentation out of docstrings, earlier ones do not.
+        _, begin, rest = cleandoc(family.__doc__).partition("Args:\n")
         options, _, _ = rest.partition("\n\n")
-        summary, _, example = (cls.__doc__ or "").rstrip().partition("\n\n")
-        cls.__doc__ = "\n\n".join(filter(None, [summary, begin + options, example])) + "\n    "
+        summary, _, example = cleandoc(cls.__doc__ or "").partition("\n\n")
+        cls.__doc__ = "\n\n".join(filter(None, [summary, begin + options, example]))
 
 
 _document_options()
