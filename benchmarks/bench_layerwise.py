@@ -20,7 +20,7 @@ from benchmarks.workloads import (
     forward,
     torchvision_model,
 )
-from bnstats.recompute import estimators
+from bnstats.recomputation import estimators
 
 BARE = "bare forward, evaluation mode"
 POOLED = 'method="pooled"'

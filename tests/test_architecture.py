@@ -18,7 +18,7 @@ FLOORS = [
     {"accumulators", "traversal", "distributed", "interrupts", "masks"},
     {"holding", "freezing"},
     {"layers"},
-    {"convert", "recompute"},
+    {"conversion", "recomputation"},
     {"diagnosis", "integrations"},
     {""},
     {"cli", "integrations"},
@@ -56,10 +56,10 @@ def test_imports_go_strictly_down(path):
     for imported in imports(path):
         theirs = part(imported)
         assert theirs == mine or floor(theirs) < floor(mine), f"{path} imports {imported}"
-        assert (mine, theirs) != ("recompute", "layers"), "recompute serves any BatchNorm"
+        assert (mine, theirs) != ("recomputation", "layers"), "recomputation serves any BatchNorm"
 
 
-def test_no_module_of_recompute_imports_itself_through_others():
+def test_no_module_of_recomputation_imports_itself_through_others():
     graph = {module_name(path): set(imports(path)) for path in MODULES}
     # A package's own __init__ collects what is in it.
     inside = {name: {x for x in found if x in graph} for name, found in graph.items()}
@@ -71,7 +71,7 @@ def test_no_module_of_recompute_imports_itself_through_others():
                 visit(imported, [*above, name])
 
     for name in inside:
-        if name.startswith("bnstats.recompute."):
+        if name.startswith("bnstats.recomputation."):
             visit(name, [])
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bnstats.recompute.dependencies import Dataflow
+from bnstats.recomputation.dependencies import Dataflow
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import processes
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Moments
-from bnstats.recompute.estimators import Pooled, averaged, moving_average
+from bnstats.recomputation.estimators import Pooled, averaged, moving_average
 
 ESTIMATORS = {"pooled": Pooled, "batch_average": averaged, "ema": moving_average}
 

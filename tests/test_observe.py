@@ -16,7 +16,7 @@ from bnstats.errors import (
     InvalidValueError,
     NonFiniteStatisticsError,
 )
-from bnstats.recompute.collector import Collector
+from bnstats.recomputation.collector import Collector
 from cases import FAMILIES, batches, each_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -362,7 +362,7 @@ def test_padding_does_not_count_under_a_mask():
 
 def test_on_a_device_it_waits_for_no_value(monkeypatch):
     model, data = without_dropout(networks.trained()).eval(), networks.uneven()
-    collector = "bnstats.recompute.collector.Collector"
+    collector = "bnstats.recomputation.collector.Collector"
     monkeypatch.setattr(f"{collector}.end_batch", Collector.end_batch_unasked)
     with bnstats.observe(model) as seen:
         for x in (data[0], torch.full((2, 2, 8, 8), torch.nan), *data[1:]):

@@ -263,7 +263,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path):
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnstats.recompute.files._VERSION", 2)
+    monkeypatch.setattr("bnstats.recomputation.files._VERSION", 2)
     measured().save(tmp_path / "stats.npz")
     monkeypatch.undo()
     with pytest.raises(StatsFileError, match="version 2"):

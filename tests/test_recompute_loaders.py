@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import bnstats
 from bnstats.errors import InvalidTypeError
-from bnstats.recompute.batches import move_to
+from bnstats.recomputation.batches import move_to
 
 METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 

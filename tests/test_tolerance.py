@@ -9,7 +9,7 @@ from torch import nn
 
 import bnstats
 from bnstats.errors import BnstatsWarning, InvalidTypeError, InvalidValueError
-from bnstats.recompute.collector import batches_before_checks
+from bnstats.recomputation.collector import batches_before_checks
 
 METHODS = ["pooled", "batch_average", "ema"]
 REPETITIONS = 200  # each one a channel, so that one pass simulates them all

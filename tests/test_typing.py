@@ -12,10 +12,10 @@ from torch import nn
 
 import bnstats
 import cases
-from bnstats.convert.change import own_options
-from bnstats.convert.families import CENTERED, FAMILIES, PLAIN
-from bnstats.convert.run import Target
-from bnstats.recompute.run import METHODS, MethodName
+from bnstats.conversion.change import own_options
+from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN
+from bnstats.conversion.run import Target
+from bnstats.recomputation.run import METHODS, MethodName
 
 SCRIPT = """\
 import bnstats
@@ -47,6 +47,8 @@ MISTAKES = [
     "result.after.apply_to(net.state_dict())",
     "bnstats.estimate_running_error(result)",
     "bnstats.plot_drift(net)",
+    'bnstats.convert(net, "ema")',
+    "bnstats.recompute(net, loader)",
 ]
 
 
@@ -94,6 +96,21 @@ def test_the_options_that_are_typed_are_those_that_conversion_takes():
 def test_dir_shows_the_public_names():
     shown = {name for name in dir(bnstats) if not name.startswith("__")}
     assert shown == {*bnstats.__all__, "errors"}
+
+
+def test_no_package_has_the_name_of_a_verb():
+    # bnstats.convert was one, and calling it raised "'module' object is not callable".
+    packages = {name for name, value in vars(bnstats).items() if inspect.ismodule(value)}
+    assert not packages & {name.split("_")[0] for name in bnstats.__all__}
+
+
+def test_half_of_a_name_is_answered_with_the_whole():
+    for half, whole in (("convert", "convert_batchnorm"), ("plot", "plot_batch_stats and plot_")):
+        says = f"module 'bnstats' has no attribute '{half}'; there is {whole}"
+        with pytest.raises(AttributeError, match=says):
+            getattr(bnstats, half)
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
+        getattr(bnstats, "nothing")  # noqa: B009
 
 
 @cases.each_family

@@ -23,7 +23,9 @@ The map:
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
-from bnstats.convert import convert_batchnorm, revert_batchnorm
+from typing import TYPE_CHECKING
+
+from bnstats.conversion import convert_batchnorm, revert_batchnorm
 from bnstats.diagnosis import (
     BatchStatsRecord,
     Diagnosis,
@@ -62,7 +64,7 @@ from bnstats.layers import (
     masked,
 )
 from bnstats.moments import Moments
-from bnstats.recompute import (
+from bnstats.recomputation import (
     Drift,
     DriftReport,
     LayerStats,
@@ -130,5 +132,14 @@ __version__ = "0.2.0"
 
 
 def __dir__() -> list[str]:
-    # What a prompt completes: not the packages behind the names, bnstats.convert for one.
+    # What a prompt completes: not the packages behind the names, such as bnstats.conversion.
     return sorted([*__all__, "__all__", "__doc__", "__file__", "__version__", "errors"])
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
+
+    def __getattr__(name: str) -> object:
+        # A name that is missing is often the first half of one: bnstats.convert.
+        longer = [public for public in __all__ if public.startswith(f"{name}_")]
+        hint = f"; there is {' and '.join(longer)}" if longer else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

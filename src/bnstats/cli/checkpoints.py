@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnstats import LayerStats, RunningStats
 from bnstats.errors import InvalidValueError, LayerMismatchError, NonFiniteStatisticsError
-from bnstats.recompute.files import replacing
+from bnstats.recomputation.files import replacing
 
 _KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 """Keys of a checkpoint's state dict: the first that is there is used, unless one is requested.

@@ -16,8 +16,8 @@ import torch
 from bnstats import Drift, LayerStats, PopulationStats, RunningStats
 from bnstats.cli.checkpoints import Checkpoint, common_prefixes
 from bnstats.errors import LayerMismatchError
-from bnstats.recompute.drift import compare, table, worst_first
-from bnstats.recompute.files import is_stats_file
+from bnstats.recomputation.drift import compare, table, worst_first
+from bnstats.recomputation.files import is_stats_file
 from bnstats.traversal import first_names
 
 

@@ -10,7 +10,7 @@ from bnstats import measure_population_stats
 from bnstats.cli import measuring
 from bnstats.cli.callables import find
 from bnstats.cli.checkpoints import Checkpoint
-from bnstats.recompute.drift import table
+from bnstats.recomputation.drift import table
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

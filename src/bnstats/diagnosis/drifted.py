@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis.running_error import error_of_average
-from bnstats.recompute import Drift, LayerStats
-from bnstats.recompute.layer_stats import with_eps
+from bnstats.recomputation import Drift, LayerStats
+from bnstats.recomputation.layer_stats import with_eps
 
 MATERIAL = 0.1
 """Distance from which on statistics are off: in standard deviations of the layer's output."""

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis.verdict import Measured
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recompute import RunningStats
-from bnstats.recompute.batches import move_to
+from bnstats.recomputation import RunningStats
+from bnstats.recomputation.batches import move_to
 
 Metric = Callable[[nn.Module, Any], Any]
 """From a model and a batch to a number for each sample; the larger the better."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from bnstats.diagnosis.record import BatchStatsRecord
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recompute import DriftReport, PopulationStats, Recalibration
+from bnstats.recomputation import DriftReport, PopulationStats, Recalibration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

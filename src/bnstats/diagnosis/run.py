@@ -24,13 +24,13 @@ from bnstats.errors import (
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
-from bnstats.recompute import (
+from bnstats.recomputation import (
     PopulationStats,
     RunningStats,
     measure_population_stats,
 )
-from bnstats.recompute.arguments import check_loader
-from bnstats.recompute.batches import Forward, default_device
+from bnstats.recomputation.arguments import check_loader
+from bnstats.recomputation.batches import Forward, default_device
 from bnstats.traversal import first_names, named_batchnorms, no_batchnorm, unwrap
 
 

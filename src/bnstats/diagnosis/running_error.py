@@ -10,9 +10,9 @@ from torch import Tensor
 from bnstats.arguments import warn_of_momentum
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.formatting import describe
-from bnstats.recompute import LayerStats, PopulationStats
-from bnstats.recompute.layer_stats import with_eps
-from bnstats.recompute.population import check_population
+from bnstats.recomputation import LayerStats, PopulationStats
+from bnstats.recomputation.layer_stats import with_eps
+from bnstats.recomputation.population import check_population
 from bnstats.traversal import ByLayer
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bnstats.recompute import Drift
+from bnstats.recomputation import Drift
 
 HEALTHY = "healthy"
 CANNOT_TELL = "cannot tell"

@@ -12,8 +12,8 @@ from bnstats.diagnosis.causes import Case, Finding, about_dropout, find_cause
 from bnstats.diagnosis.drifted import MATERIAL, Distance, distance
 from bnstats.diagnosis.metric import summarize
 from bnstats.diagnosis.verdict import Measured
-from bnstats.recompute import Drift, PopulationStats, RunningStats
-from bnstats.recompute.drift import compare
+from bnstats.recomputation import Drift, PopulationStats, RunningStats
+from bnstats.recomputation.drift import compare
 
 _SURE = 3.0
 """Standard errors from which on a difference of the metric is no chance."""

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, nearest
 from bnstats.private import apart_from_other_readers
-from bnstats.recompute import Recalibration, recompute_population_stats
+from bnstats.recomputation import Recalibration, recompute_population_stats
 from bnstats.traversal import Include
 
 DEFAULTS = {"max_batches": 200, "tolerance": 0.01}

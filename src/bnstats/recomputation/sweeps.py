@@ -13,14 +13,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnstats.errors import InvalidValueError, warn
-from bnstats.recompute.batches import BatchCounts
-from bnstats.recompute.collector import Collector, collect
-from bnstats.recompute.dependencies import DependencyLevel, DependencySurvey
-from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.observer import ObservedLayer, OnInput, observed
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.results import check_counts, check_enough_values, population_stats
-from bnstats.recompute.task import Task
+from bnstats.recomputation.batches import BatchCounts
+from bnstats.recomputation.collector import Collector, collect
+from bnstats.recomputation.dependencies import DependencyLevel, DependencySurvey
+from bnstats.recomputation.estimators import Estimate
+from bnstats.recomputation.observer import ObservedLayer, OnInput, observed
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.results import check_counts, check_enough_values, population_stats
+from bnstats.recomputation.task import Task
 
 _NEGLIGIBLE_MOVEMENT = 1e-6
 """Largest change between two sweeps that counts as float32 rounding: sd, or relative."""

@@ -18,9 +18,9 @@ from bnstats.errors import (
     nearest,
 )
 from bnstats.formatting import MAX_ROWS, extent, html_table, remainder, text_table
-from bnstats.recompute import files
-from bnstats.recompute.drift import DriftReport, compare
-from bnstats.recompute.layer_stats import LayerStats, RunningStats, write_all
+from bnstats.recomputation import files
+from bnstats.recomputation.drift import DriftReport, compare
+from bnstats.recomputation.layer_stats import LayerStats, RunningStats, write_all
 from bnstats.traversal import first_names, named_batchnorms, num_features
 
 _TITLES = ["layer", "channels", "values", "batches", "mean", "variance"]

@@ -16,18 +16,18 @@ from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
-from bnstats.recompute.arguments import check_loader
-from bnstats.recompute.batches import (
+from bnstats.recomputation.arguments import check_loader
+from bnstats.recomputation.batches import (
     DefaultForward,
     MaskedForward,
     Reader,
     default_device,
 )
-from bnstats.recompute.estimators import Estimator, Pooled
-from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.options import Options, check_options
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.prior import Prior
+from bnstats.recomputation.estimators import Estimator, Pooled
+from bnstats.recomputation.observer import ObservedLayer
+from bnstats.recomputation.options import Options, check_options
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.prior import Prior
 from bnstats.reduction import wide_dtype
 from bnstats.traversal import named_batchnorms, unwrap
 

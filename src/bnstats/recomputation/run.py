@@ -13,17 +13,17 @@ from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
 from bnstats.masks import Downsample
-from bnstats.recompute.batches import Forward
-from bnstats.recompute.collector import one_pass
-from bnstats.recompute.drift import compare
-from bnstats.recompute.estimators import Pooled, averaged, moving_average
-from bnstats.recompute.layer_stats import RunningStats, write_all
-from bnstats.recompute.layerwise import layerwise
-from bnstats.recompute.options import Options
-from bnstats.recompute.population import PopulationStats, layers_of
-from bnstats.recompute.recalibration import Recalibration
-from bnstats.recompute.sweeps import sweeps
-from bnstats.recompute.task import Method, prepare
+from bnstats.recomputation.batches import Forward
+from bnstats.recomputation.collector import one_pass
+from bnstats.recomputation.drift import compare
+from bnstats.recomputation.estimators import Pooled, averaged, moving_average
+from bnstats.recomputation.layer_stats import RunningStats, write_all
+from bnstats.recomputation.layerwise import layerwise
+from bnstats.recomputation.options import Options
+from bnstats.recomputation.population import PopulationStats, layers_of
+from bnstats.recomputation.recalibration import Recalibration
+from bnstats.recomputation.sweeps import sweeps
+from bnstats.recomputation.task import Method, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
 MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError, warn
-from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.shrinkage import shrink
+from bnstats.recomputation.estimators import Estimate
+from bnstats.recomputation.observer import ObservedLayer
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.shrinkage import shrink
 from bnstats.traversal import first_names
 
 _FEWEST_SAMPLES = 8

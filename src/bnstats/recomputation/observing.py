@@ -16,14 +16,14 @@ from bnstats.distributed import Peers
 from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
 from bnstats.private import in_backward_pass, intercepted
-from bnstats.recompute.batches import BatchCounts
-from bnstats.recompute.collector import Collector, one_pass
-from bnstats.recompute.estimators import Pooled
-from bnstats.recompute.observer import LayerMoments, ObservedLayer, eager, hooked
-from bnstats.recompute.options import Options
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.results import population_stats
-from bnstats.recompute.task import Method, Task
+from bnstats.recomputation.batches import BatchCounts
+from bnstats.recomputation.collector import Collector, one_pass
+from bnstats.recomputation.estimators import Pooled
+from bnstats.recomputation.observer import LayerMoments, ObservedLayer, eager, hooked
+from bnstats.recomputation.options import Options
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.results import population_stats
+from bnstats.recomputation.task import Method, Task
 from bnstats.traversal import Include, named_batchnorms, no_batchnorm, unwrap
 
 _METHOD = Method("pooled", one_pass, Pooled)

@@ -10,6 +10,6 @@ torch has no public way to copy some of that (hooks), and its own converter lose
 First everything is planned and checked, then everything is changed: an error changes nothing.
 """
 
-from bnstats.convert.run import convert_batchnorm, revert_batchnorm
+from bnstats.conversion.run import convert_batchnorm, revert_batchnorm
 
 __all__ = ["convert_batchnorm", "revert_batchnorm"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.convert.families import (
+from bnstats.conversion.families import (
     CENTERED,
     FAMILIES,
     PLAIN,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.layer_stats import LayerStats, of_one_unit, with_eps
+from bnstats.recomputation.estimators import Estimate
+from bnstats.recomputation.layer_stats import LayerStats, of_one_unit, with_eps
 
 
 class Shrunk(NamedTuple):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.recompute.drift import DriftReport, html, shortened, table
-from bnstats.recompute.layer_stats import LayerStats, RunningStats
-from bnstats.recompute.population import PopulationStats
+from bnstats.recomputation.drift import DriftReport, html, shortened, table
+from bnstats.recomputation.layer_stats import LayerStats, RunningStats
+from bnstats.recomputation.population import PopulationStats
 
 
 @dataclass(frozen=True, eq=False, repr=False)

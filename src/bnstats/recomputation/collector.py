@@ -12,14 +12,14 @@ from torch import Tensor
 
 from bnstats.errors import NonFiniteStatisticsError
 from bnstats.moments import Moments
-from bnstats.recompute.batches import BatchCounts, Reader
-from bnstats.recompute.estimators import Estimate, Estimator
-from bnstats.recompute.layer_stats import with_eps
-from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.results import population_stats
-from bnstats.recompute.spread import STATE_ROWS
-from bnstats.recompute.task import Task
+from bnstats.recomputation.batches import BatchCounts, Reader
+from bnstats.recomputation.estimators import Estimate, Estimator
+from bnstats.recomputation.layer_stats import with_eps
+from bnstats.recomputation.observer import LayerMoments, ObservedLayer, observed
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.results import population_stats
+from bnstats.recomputation.spread import STATE_ROWS
+from bnstats.recomputation.task import Task
 
 FIRST_CHECK = 8
 """Batches before the first check of the errors: fewer do not estimate a spread."""

@@ -14,8 +14,8 @@ from bnstats.arguments import check_function
 from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, check_downsample
-from bnstats.recompute.batches import Forward
-from bnstats.recompute.population import PopulationStats
+from bnstats.recomputation.batches import Forward
+from bnstats.recomputation.population import PopulationStats
 from bnstats.traversal import Include
 
 

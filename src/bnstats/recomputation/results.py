@@ -8,12 +8,12 @@ from bnstats.errors import (
     TooFewValuesError,
     warn,
 )
-from bnstats.recompute.batches import BatchCounts
-from bnstats.recompute.estimators import Estimate
-from bnstats.recompute.layer_stats import LayerStats
-from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.task import Task
+from bnstats.recomputation.batches import BatchCounts
+from bnstats.recomputation.estimators import Estimate
+from bnstats.recomputation.layer_stats import LayerStats
+from bnstats.recomputation.observer import ObservedLayer
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.task import Task
 
 
 def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> PopulationStats:

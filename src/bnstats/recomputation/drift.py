@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnstats.formatting import MAX_ROWS, describe, html_bar, html_table, remainder
-from bnstats.recompute.layer_stats import LayerStats, RunningStats, with_eps
+from bnstats.recomputation.layer_stats import LayerStats, RunningStats, with_eps
 from bnstats.traversal import ByLayer
 
 

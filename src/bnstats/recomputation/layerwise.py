@@ -22,14 +22,14 @@ from bnstats.errors import (
     RepeatedLayerError,
 )
 from bnstats.moments import Moments
-from bnstats.recompute.batches import BatchCounts, Reader
-from bnstats.recompute.collector import FIRST_CHECK, within_tolerance
-from bnstats.recompute.estimators import Estimate, Pooled
-from bnstats.recompute.forward_threads import ForwardThread, ForwardThreads
-from bnstats.recompute.observer import LayerMoments, ObservedLayer, observed
-from bnstats.recompute.population import PopulationStats
-from bnstats.recompute.results import check_enough_values, population_stats
-from bnstats.recompute.task import Task
+from bnstats.recomputation.batches import BatchCounts, Reader
+from bnstats.recomputation.collector import FIRST_CHECK, within_tolerance
+from bnstats.recomputation.estimators import Estimate, Pooled
+from bnstats.recomputation.forward_threads import ForwardThread, ForwardThreads
+from bnstats.recomputation.observer import LayerMoments, ObservedLayer, observed
+from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.results import check_enough_values, population_stats
+from bnstats.recomputation.task import Task
 
 
 def layerwise(task: Task) -> PopulationStats:

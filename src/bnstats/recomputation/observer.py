@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, Number
-from bnstats.recompute.samples import masked_moments_of_samples, moments_of_samples
-from bnstats.recompute.spread import merged_states, state_of_samples
+from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
+from bnstats.recomputation.spread import merged_states, state_of_samples
 from bnstats.reduction import mean_and_m2, wide_dtype
 from bnstats.traversal import num_features
 

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnstats.recompute.collector import Collector
-from bnstats.recompute.observer import ObservedLayer
-from bnstats.recompute.task import Task
+from bnstats.recomputation.collector import Collector
+from bnstats.recomputation.observer import ObservedLayer
+from bnstats.recomputation.task import Task
 
 
 class DependencyLevel(NamedTuple):

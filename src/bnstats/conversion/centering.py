@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx, nn
 
-from bnstats.convert.change import check_writable
-from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, change_class, target_class
+from bnstats.conversion.change import check_writable
+from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN, change_class, target_class
 from bnstats.errors import InvalidValueError
 from bnstats.layers.centered import CenteredForward, centered
 from bnstats.traversal import Include, check_materialized, named_layers, unwrap

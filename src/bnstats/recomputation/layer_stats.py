@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
 from bnstats.formatting import describe
 from bnstats.moments import Moments
-from bnstats.recompute.spread import change
+from bnstats.recomputation.spread import change
 
 _UNSHOWN = ("mean_var_cov", "spread", "sample_spread")
 _TENSORS = ("mean", "var", "mean_stderr", "var_stderr", *_UNSHOWN)

@@ -17,7 +17,7 @@ from bnstats.arguments import describe_channels_last
 from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, Mask, check_mask
 from bnstats.private import apart_from_other_readers
-from bnstats.recompute.observer import use_mask
+from bnstats.recomputation.observer import use_mask
 
 Forward = Callable[[nn.Module, Any], Any]
 """Runs a model on a batch."""

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.arguments import check_function, check_module
-from bnstats.convert.centering import Recentering, plan_centering, plan_folding
-from bnstats.convert.change import Change, check_options, plan
-from bnstats.convert.families import CENTERED, FAMILIES, PLAIN, family_of
+from bnstats.conversion.centering import Recentering, plan_centering, plan_folding
+from bnstats.conversion.change import Change, check_options, plan
+from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN, family_of
 from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.layers.moving_average_state import far_from_zero

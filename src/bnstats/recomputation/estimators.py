@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
 from bnstats.moments import Moments, Number, Weights, fold
-from bnstats.recompute.spread import STATE_ROWS, Spread
+from bnstats.recomputation.spread import STATE_ROWS, Spread
 
 EMA_MOMENTUM = 0.1
 """Momentum of ``method="ema"``: torch's default for its layers."""
