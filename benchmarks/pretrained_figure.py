@@ -48,7 +48,7 @@ def _draw_seeds(half: Any, cells: Mapping[Cell, Sequence[Training]]) -> None:
                 axes.plot(places[:1], ends[:1], markersize=4, **RUNNING)
                 axes.plot(places[1:], ends[1:], markersize=4, **POPULATION)
         names = [_short(cell.variant) for cell in here]
-        axes.set_xticks(range(len(names)), names, fontsize=6)
+        axes.set_xticks(range(len(names)), names, fontsize=5)
         axes.set_title(f"normalized over {batch}")
     panels[0].set_ylabel("held-out accuracy, %")
 

@@ -56,6 +56,12 @@ def run(layer, x, mask, weight, checkpointed):
     return y.detach(), x.grad
 
 
+def close(ours, theirs, tolerance):
+    """Differ by at most a part of the largest value."""
+    largest = float(theirs.abs().max()) if theirs.numel() else 0
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest)
+
+
 def equal_one_process(family, masked=False, checkpointed=None, dtype=torch.float32):
     """Outputs, gradients and state of any shares are those of the whole batch."""
 
@@ -72,20 +78,13 @@ def equal_one_process(family, masked=False, checkpointed=None, dtype=torch.float
                 my_mask = None if mask is None else own(rank, shares, mask)[0]
                 found = run(layer, my_x, my_mask, my_weight, checkpointed)
                 for ours, theirs in zip(found, own(rank, shares, *expected), strict=True):
-                    scale = theirs.abs().max() if theirs.numel() else 1
-                    torch.testing.assert_close(
-                        ours, theirs, rtol=0, atol=float(5 * tolerance * scale)
-                    )
+                    close(ours, theirs, tolerance)
                 for ours, theirs in zip(layer.parameters(), twin.parameters(), strict=True):
                     total = ours.grad.clone()
                     dist.all_reduce(total)
-                    torch.testing.assert_close(
-                        total, theirs.grad, rtol=20 * tolerance, atol=tolerance
-                    )
-            for (name, ours), theirs in zip(layer.named_buffers(), twin.buffers(), strict=True):
-                torch.testing.assert_close(
-                    ours, theirs, rtol=20 * tolerance, atol=tolerance, msg=name
-                )
+                    close(total, theirs.grad, tolerance)
+            for ours, theirs in zip(layer.buffers(), twin.buffers(), strict=True):
+                close(ours, theirs, tolerance)
         return dict(layer.named_buffers())
 
     return scenario
