@@ -7,6 +7,7 @@ The warm-up is the first tenth of a training's forwards, the ramp the next three
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -23,6 +24,8 @@ EMA, RENORM = "EMABatchNorm2d", "RenormBatchNorm2d"
 AT_MOST = 1.05
 STEPS = 400
 BATCHES = (32, 8, 4, 2)
+OF_FEW_CLASSES = (8, 4)
+"""Batches that are also made of few classes: a gradient's samples, sorted, in parts."""
 
 
 def measure(run: Run) -> list[Row]:
@@ -60,7 +63,9 @@ def _settings(steps: int) -> list[Setting]:
         make = partial(multilayer_perceptron, norm, nn.Linear)
         settings.append(Setting("RenormBatchNorm", batch, make))
     windows = {32: 1, 8: 4, 4: 8, 2: 16}
-    return settings + [moving_average("mlp", batch, window=windows[batch]) for batch in BATCHES]
+    settings += [moving_average("mlp", batch, window=windows[batch]) for batch in BATCHES]
+    few = [x for x in settings if x.batch in OF_FEW_CLASSES]
+    return settings + [replace(x, name=f"{x.name}, by class", by_class=True) for x in few]
 
 
 def _trained(run: Run) -> list[Row]:

@@ -42,11 +42,12 @@ def conv_net(norm: Callable[[int], nn.Module], conv: type[nn.Conv2d]) -> nn.Sequ
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table."""
+    """One row of the table; ``by_class`` sorts a gradient's samples, so that a part has few."""
 
     name: str
     batch: int
     make: Callable[[], nn.Module]
+    by_class: bool = False
 
 
 @dataclass
@@ -117,6 +118,8 @@ def train(setting: Setting, digits: Digits, *, steps: int, seed: int) -> Trainin
     order = torch.Generator().manual_seed(seed)
     for step in range(1, steps + 1):
         chosen = torch.randint(len(images), (GRADIENT_BATCH,), generator=order)
+        if setting.by_class:
+            chosen = chosen[digits.train.tensors[1][chosen].argsort(stable=True)]
         optimizer.zero_grad()
         loss = torch.zeros((), device=device())
         for part in chosen.split(setting.batch):

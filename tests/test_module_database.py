@@ -252,6 +252,8 @@ def test_train_and_evaluation_modes_differ(family, dims):
 @pytest.mark.parametrize("dims", PLAIN)
 def test_errors(family, dims):
     entry = ENTRIES[dims]
+    if entry.module_error_inputs_func is None:
+        pytest.skip("this torch's database has no wrong inputs")
     for error in entry.module_error_inputs_func(entry, "cpu", torch.float32, False, True):
         options = error.module_error_input.constructor_input
         (x,) = error.module_error_input.forward_input.args

@@ -117,4 +117,5 @@ def test_a_forward_that_may_run_again_is_noticed():
     for reentrant in (True, False):
         answers = may_be_checkpointed(partial(checkpoint, use_reentrant=reentrant))
         assert answers == [True]
-    assert may_be_checkpointed(lambda function, x: function(x)) == [False]
+    asked = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
+    assert may_be_checkpointed(lambda function, x: function(x)) == [not asked]

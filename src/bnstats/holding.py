@@ -210,6 +210,8 @@ class BufferCopies:
             layer.track_running_stats = True  # type: ignore[assignment]
 
     def _after(self, layer: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if (aside := vars(layer).pop("_set_aside", None)) is not None:
             layer._buffers, tracks = aside
             if tracks is not None:

@@ -29,11 +29,10 @@ def may_be_checkpointed() -> bool:
     """Whether a forward may be one that activation checkpointing will run again.
 
     One kind runs it without gradients, the other with hooks for what autograd saves, which have
-    no public reader. Other things do so too.
+    no public reader, and none at all in torch 2.6. Other things do so too.
     """
-    return not torch.is_grad_enabled() or (
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    )
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch.is_grad_enabled() or top is None or top(True) is not None
 
 
 def only_reverse_mode() -> bool:

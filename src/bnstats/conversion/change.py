@@ -142,7 +142,8 @@ def check_options(to: str, options: dict[str, Any]) -> None:
 def own_options(family: str) -> frozenset[str]:
     """Return the keyword-only arguments of a family's class that torch's classes lack."""
     own, plain = FAMILIES[family][0], nn.BatchNorm1d
-    return frozenset(_keyword_only(own) - _keyword_only(plain))
+    # torch before 2.13 lacks ``bias``; the layer keeps its own parameters all the same.
+    return frozenset(_keyword_only(own) - _keyword_only(plain) - {"bias"})
 
 
 def _keyword_only(cls: type) -> set[str]:

@@ -102,7 +102,7 @@ def take_step(
         else:
             scale = Scale(*opaque(_STEP, _take_step)(*state, chi, *options))
         if count is not None:
-            scale = scale._replace(var=torch.where(count > 0, scale.var, 1))
+            scale = Scale(torch.where(count > 0, scale.var, 1), scale.ratio, scale.step)
         return scale, count
 
 
@@ -170,12 +170,15 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
     replaces = size == 1
     if isinstance(replaces, Tensor):
         following = torch.where(replaces, var, following)
-    new = state._replace(
+    new = State(  # (Not by _replace: torch 2.6 does not compile that.)
         running_var=var if replaces is True else following,
         num_batches=None if num_batches is None else num_batches + 1,
         mean_squares=ring,
         scales=torch.where(slot[:, None, None], torch.stack((var, ratio)), state.scales),
+        gradient_steps=state.gradient_steps,
         num_steps=step,
+        held_scales=state.held_scales,
+        held_steps=state.held_steps,
     )
     return new, Scale(var, ratio, step if options.moves else -step)
 

@@ -36,7 +36,7 @@ class RenormBatchNorm(EMABatchNorm):
     forwards after those they go to ``max_ratio`` and ``max_shift``, evenly. Where nothing is
     clipped the training output is the evaluation output.
 
-    It is for batches whose statistics are noisy or not those of the whole data, of some 4 to 32
+    It is for batches whose statistics are noisy or not those of the whole data, of some 4 to 16
     samples; for smaller ones see :class:`MovingAverageBatchNorm`. Running statistics are
     :class:`EMABatchNorm`'s, and so is the state dict: ``nn.BatchNorm``'s, both ways. Forwards are
     counted by ``num_batches_tracked``; a checkpoint's count goes on.
