@@ -26,6 +26,9 @@ def said(request, tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", peers.SCENARIOS)
 def test_together(said, scenario):
+    sharded = "shard" in scenario or "dtensor" in scenario
+    if sharded and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch shards on accelerators only, and has no batch norm of DTensors")
     peers.assert_all_said_the_same([process[scenario] for process in said])
 
 
