@@ -15,7 +15,7 @@ METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 
 @contextmanager
 def set_for_all(device):
-    before = torch.get_default_device()
+    before = torch.empty(0).device
     torch.set_default_device(device)
     try:
         yield

@@ -102,7 +102,7 @@ def test_a_default_device_does_not_reach_into_a_layer_on_cpu(family, way):
         try:
             use()
         finally:
-            torch.set_default_device(None)
+            torch.set_default_device("cpu")
     else:
         with torch.device("meta"):
             use()

@@ -172,7 +172,8 @@ class Moments:
         """Return the moments of no values: the identity of ``merge``."""
         if num_features < 0:
             raise InvalidValueError(f"num_features: expected 0 or more, got {num_features}")
-        device = torch.get_default_device() if device is None else torch.device(device)
+        # (torch.get_default_device raises in torch 2.6 once it was set to None.)
+        device = torch.empty(0).device if device is None else torch.device(device)
         zeros = torch.zeros(num_features, dtype=wide_dtype(device), device=device)
         return cls(torch.tensor(0, device="cpu"), zeros, zeros)
 

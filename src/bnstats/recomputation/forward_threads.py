@@ -193,7 +193,7 @@ class _ThreadSettings:
     def __init__(self, devices: Collection[torch.device]) -> None:
         self._num_threads = torch.get_num_threads()
         self._inference = torch.is_inference_mode_enabled()
-        self._default_device = torch.get_default_device()
+        self._default_device = torch.empty(0).device  # as in moments
         with_streams = [device for device in sorted(devices, key=str) if _has_streams(device)]
         self._streams = [torch.accelerator.current_stream(device) for device in with_streams]
         self._device_index = torch.accelerator.current_device_index() if with_streams else None
