@@ -1,26 +1,16 @@
 """Another default device than the model's changes nothing."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 import bnstats
+from default_device import set_for_all
 from networks import trained, uneven
 
 METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
-
-
-@contextmanager
-def set_for_all(device):
-    before = torch.empty(0).device
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None if before == torch.device("cpu") else before)
 
 
 @pytest.mark.parametrize("default", [torch.device, set_for_all], ids=["with", "set"])

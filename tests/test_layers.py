@@ -45,6 +45,16 @@ def test_training_output_and_gradients_are_those_of_torch(family, shape, channel
 
 
 @each_family
+def test_synchronized_without_initialized_processes_it_works_as_one(family):
+    layer, twin = family.make(2, sync=True), family.make(2)
+    for x in cases.batches((4, 3, 5, 5)):
+        grad = torch.randn_like(x)
+        mine, alone = forward_backward(layer, x, grad), forward_backward(twin, x, grad)
+        assert all(torch.equal(a, b) for a, b in zip(mine, alone, strict=True))
+    assert_state(layer, state(twin))
+
+
+@each_family
 @each_shape
 def test_evaluation_is_exactly_torchs_batch_norm(family, shape):
     dims, size = shape

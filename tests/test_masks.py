@@ -312,6 +312,9 @@ def test_batch_statistics_are_recorded_of_valid_positions():
         torch.testing.assert_close(record[""].var[iteration], values.var(0, correction=0))
     gradient = y.grad.transpose(1, 2)[VALID].double().mean(0)
     torch.testing.assert_close(record[""].g[0], gradient, rtol=1e-5, atol=1e-6)
+    z = (values - values.mean(0)) / (values.var(0, correction=0) + layer.eps).sqrt()
+    psi = (y.grad.transpose(1, 2)[VALID].double() * z).mean(0)
+    torch.testing.assert_close(record[""].psi[0], psi, rtol=1e-5, atol=1e-6)
 
 
 BAD = {

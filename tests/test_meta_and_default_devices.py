@@ -9,6 +9,7 @@ from torch import nn
 
 import bnstats
 from cases import each_family, state
+from default_device import set_for_all
 
 
 @each_family
@@ -97,14 +98,7 @@ def test_a_default_device_does_not_reach_into_a_layer_on_cpu(family, way):
         bnstats.convert_batchnorm(model, family.name)(xs[0])
         bnstats.revert_batchnorm(model)
 
-    if way == "set_default_device":
-        torch.set_default_device("meta")
-        try:
-            use()
-        finally:
-            torch.set_default_device("cpu")
-    else:
-        with torch.device("meta"):
-            use()
+    with set_for_all("meta") if way == "set_default_device" else torch.device("meta"):
+        use()
     torch.testing.assert_close(layer.state_dict(), twin.state_dict())
     assert not any(buffer.is_meta for buffer in model.buffers())
