@@ -179,13 +179,14 @@ def test_memory_does_not_grow_with_the_number_of_batches():
     def forward(model, batch):
         model(x)
         if batch in (2, 7):  # to look at every object takes a second
-            gc.collect()
+            for _ in range(3):  # what other tests left may take several
+                gc.collect()
             alive = (o for o in gc.get_objects() if type(o) is torch.Tensor)
             counts.append(sum(t.numel() for t in alive))
 
     x = torch.randn(4, 3)
     bnstats.measure_population_stats(nn.BatchNorm1d(3), range(8), forward=forward)
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]
 
 
 def test_no_thread_is_left_behind():
