@@ -161,8 +161,8 @@ def plan() -> list[tuple[Cell, int]]:
 
     Frozen statistics normalize any batch alike: one batch stands for all.
     """
-    far = {steps: _fine_tunings((16, 2), steps) for steps in (60, 300)}
-    between = {steps: _fine_tunings((4,), steps) for steps in (60, 300)}
+    far = {steps: _fine_tunings((16, 2), steps) for steps in (16, 60, 300)}
+    between = {steps: _fine_tunings((4,), steps) for steps in (16, 60, 300)}
     scratch = [
         Cell(FROM_SCRATCH, variant, batch, 400)
         for batch, variant in product((32, 2), (PLAIN_DEFAULT, CENTERED))
@@ -171,6 +171,7 @@ def plan() -> list[tuple[Cell, int]]:
         *((far[60], range(3)), (scratch, range(1)), (far[60], range(3, 5))),
         *((between[60], range(5)), (far[300], range(1)), (scratch, range(1, 3))),
         *((between[300], range(1)), (far[300] + between[300], range(1, 5))),
+        (far[16] + between[16], range(5)),
         (scratch, range(3, 5)),
     ]
     return [(cell, seed) for cells, seeds in order for seed in seeds for cell in cells]

@@ -2,8 +2,7 @@
 
 Every classification model of torchvision that has BatchNorm is covered whole, at its real
 width. Weights are random but not torchvision's own initialization, which would take most of
-the time; inputs are two images of the smallest legal size. The largest models are converted on
-the meta device: what their layers compute is tested with their smaller relatives.
+the time; inputs are two images of the smallest legal size.
 """
 
 import contextlib
@@ -29,12 +28,6 @@ NORMALIZED = [
     for name in CLASSIFIERS
     if not name.startswith(WITHOUT_BATCHNORM) and name not in WITHOUT_BATCHNORM_TOO
 ]
-
-LARGEST = ["efficientnet_v2_l", "regnet_x_32gf", "regnet_y_128gf", "regnet_y_32gf"]
-LARGEST += ["vgg13_bn", "vgg16_bn", "vgg19_bn", "wide_resnet101_2"]
-"""More than 1e8 parameters, and not the only ones of their kind."""
-
-LAYERS = {"ema": bnstats.EMABatchNorm2d, "cumulative": bnstats.CumulativeBatchNorm2d}
 
 SMALLEST = {"inception_v3": (2, 3, 299, 299), "maxvit_t": (1, 3, 224, 224)}
 """The first for its auxiliary head in training, the second for its fixed windows."""
@@ -99,13 +92,14 @@ def batchnorms(model):
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
-@pytest.mark.parametrize("name", sorted({*NORMALIZED} - {*LARGEST}))
+@pytest.mark.parametrize("name", NORMALIZED)
 def test_torchvisions_classifiers_convert_and_come_back(name):
     model, x = build(name)
     keys = list(model.state_dict())
     types = [type(module) for module in model.modules()]
     for module in model.modules():
-        # Its gradient, its clipping and its step are torch's alone, and most of the time.
+        # Its gradient, its clipping and its step are torch's alone, and most of the time; those
+        # of 645 million parameters would not fit into a small machine's memory.
         if isinstance(module, nn.Conv2d):
             module.weight.requires_grad_(False)
     with torch.no_grad():
@@ -121,26 +115,11 @@ def test_torchvisions_classifiers_convert_and_come_back(name):
         assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == keys
     assert [type(module) for module in model.modules()] == types
-    for family in LAYERS:
+    families = ["ema", "cumulative"]
+    if sum(p.numel() for p in model.parameters()) > 1e8:
+        families.pop()  # seconds each, and the same layers as in their small relatives
+    for family in families:
         assert step(bnstats.convert_batchnorm(model, family), x).isfinite()
-
-
-@pytest.mark.parametrize("name", LARGEST)
-def test_the_largest_classifiers_convert_and_come_back(name):
-    with no_initialization():
-        model = get_model(name, weights=None).to("meta")
-    x = torch.empty(2, 3, 32, 32, device="meta")
-    keys = list(model.state_dict())
-    types = [type(module) for module in model.modules()]
-    shape = model(x).shape
-    for family, layer in LAYERS.items():
-        bnstats.convert_batchnorm(model, family)
-        assert {type(bn) for bn in batchnorms(model)} == {layer}
-        for training in (True, False):
-            assert model.train(training)(x).shape == shape
-    bnstats.revert_batchnorm(model)
-    assert list(model.state_dict()) == keys
-    assert [type(module) for module in model.modules()] == types
 
 
 SOME = ["densenet121", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf"]
@@ -202,7 +181,10 @@ def test_torchvisions_segmentation_models_convert(name):
     assert {type(layer) for layer in batchnorms(model)} == {nn.BatchNorm2d}
 
 
-@pytest.mark.parametrize("layer", LAYERS.values())
+LAYERS = [bnstats.EMABatchNorm2d, bnstats.CumulativeBatchNorm2d]
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_segmentation_model_with_our_norm_layer_trains_and_comes_back(layer):
     dilated = [False, True, True]
     backbone = torchvision.models.resnet50(norm_layer=layer, replace_stride_with_dilation=dilated)
@@ -217,7 +199,7 @@ def test_a_segmentation_model_with_our_norm_layer_trains_and_comes_back(layer):
     assert not any(isinstance(module, layer) for module in model.modules())
 
 
-@pytest.mark.parametrize("layer", LAYERS.values())
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_detector_with_our_norm_layer_trains_and_comes_back(layer):
     # In training RetinaNet needs none of the compiled operators; in evaluation its nms is one.
     backbone = detection.backbone_utils.resnet_fpn_backbone(

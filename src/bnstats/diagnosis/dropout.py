@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
+
+_OF_TORCH = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
+)
 
 
 def random_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that may act at random in training, and in nothing else differ.
+    """Return the modules whose only difference in training may be that they act at random.
 
-    That is dropout and RReLU of torch's, and what has no parts, parameters and buffers of others:
-    stochastic depth, added noise. Functions that are called by the mode of a larger module are not
-    found.
+    They are torch's dropout and RReLU, and other packages' modules without parts, parameters and
+    buffers: stochastic depth, added noise. A larger module that calls ``F.dropout`` by its own
+    mode is not found.
     """
     return [
         module
         for module in model.modules()
-        if isinstance(module, (_DropoutNd, nn.RReLU))
+        if isinstance(module, _OF_TORCH)
         or not (
             type(module).__module__.startswith("torch.nn.")
             or any(True for _ in module.children())
