@@ -13,6 +13,7 @@ import oracles
 from bnstats.errors import (
     BnstatsWarning,
 )
+from memory import count_new_values
 from networks import METHODS, snapshot, trained, uneven
 
 
@@ -172,19 +173,14 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
 
 def test_memory_does_not_grow_with_the_number_of_batches():
     # The state is a few float64 per channel: what is allocated between batches stays the same.
-    import gc
-
-    counts = []
+    counts, x = [], torch.randn(4, 3)
+    values_alive = count_new_values()
 
     def forward(model, batch):
         model(x)
         if batch in (2, 7):  # to look at every object takes a second
-            for _ in range(3):  # what other tests left may take several
-                gc.collect()
-            alive = (o for o in gc.get_objects() if type(o) is torch.Tensor)
-            counts.append(sum(t.numel() for t in alive))
+            counts.append(values_alive())
 
-    x = torch.randn(4, 3)
     bnstats.measure_population_stats(nn.BatchNorm1d(3), range(8), forward=forward)
     assert counts[0] == counts[1]
 

@@ -1,6 +1,5 @@
 """The exact fixed point in constant memory, with as few forwards as can be."""
 
-import gc
 import itertools
 
 import numpy as np
@@ -16,6 +15,7 @@ from bnstats.errors import (
     NonFiniteStatisticsError,
     TooFewValuesError,
 )
+from memory import count_new_values
 from networks import assert_untouched, snapshot, trained, uneven
 from test_layerwise import Branching, assert_fixed_point, signed
 
@@ -168,14 +168,11 @@ def test_what_never_comes_to_rest_is_a_warning_that_names_the_layers():
 
 def test_memory_does_not_grow_with_the_number_of_batches():
     calls, alive = itertools.count(), {}
+    values_alive = count_new_values()
 
     def forward(model, batch):
         if (call := next(calls)) in (2, 7, 10, 15):  # to look at every object takes a second
-            gc.collect()
-            tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-            sizes = [tensor.numel() for tensor in tensors]
-            # What torch.compile keeps of other tests has symbols for sizes.
-            alive[call] = sum(size for size in sizes if type(size) is int)
+            alive[call] = values_alive()
         model(batch)
 
     measure(Parallel(), [torch.randn(4, 3)] * 8, forward=forward)
