@@ -123,6 +123,19 @@ def test_running_statistics_are_those_of_valid_values(family):
         assert layer.num_values_tracked == len(together)
 
 
+@normalizing_as_torch
+@pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
+def test_statistics_of_many_values_far_from_zero_are_right(family, mean):
+    x = torch.randn(16, 8, 700) + mean  # so many are added up in float32
+    valid = torch.rand(16, 700) < 0.6
+    layer = make(family, 8, momentum=None)
+    layer(x, mask=valid)
+    values = x.double().transpose(1, 2)[valid]
+    mean_error = (layer.running_mean - values.mean(0)) / values.std(0)
+    assert mean_error.abs().max() < 1e-6 + mean * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(layer.running_var.double(), values.var(0), rtol=1e-6, atol=0)
+
+
 @each_family
 def test_padding_that_is_not_finite_leaves_outputs_and_state_alone(family):
     x = torch.randn(4, 3, 7)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from bnstats.private import on_host
 from bnstats.reduction import (
+    FEWEST_FAST,
     accumulator,
+    cancels,
     other_axes,
     per_channel,
     short_rows,
@@ -21,7 +23,8 @@ from bnstats.reduction import (
 def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return number, mean and sum of squared deviations of the valid values per channel.
 
-    Two passes, the second about the mean: padding of any amount and value changes nothing.
+    Padding of any amount and value changes nothing. On CPU, fewer than 2^16 values are added up
+    in float64, and sums of more that cancel are taken again, about the mean.
 
     Args:
         x: of shape (N, C, ...).
@@ -29,10 +32,22 @@ def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """
     count = count_positions(mask, x)
     divisor = count.clamp(min=1)
-    x, wide = x.to(accumulator(x)), wide_dtype(x.device)
-    about, deviations = _deviations(x, mask, divisor)
-    mean = _sum(deviations) / divisor  # of what rounding has left
-    m2 = _sum_of_squares(deviations) - count * mean.square()
+    wide = wide_dtype(x.device)
+    x = x.to(wide if x.is_cpu and x.numel() < FEWEST_FAST else accumulator(x))
+    about, deviations = None, None
+    if on_host(x) and x.dim() > 2 and x.numel():
+        # Products take a fifth of the time of torch.where; padding that is not finite spoils them.
+        factor = mask.expand(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
+        mean, squares, m2 = _moments_of(x * factor, divisor)
+        if math.isfinite(m2.sum()):
+            if not cancels(squares, m2).any():
+                return count, mean, m2.clamp_(min=0)
+            about = mean.to(x.dtype)
+            deviations = (x - _along_channels(about, x)).mul_(factor)
+    if about is None or deviations is None:
+        about = (_sum(torch.where(mask, x, 0)) / divisor).to(x.dtype)
+        deviations = torch.where(mask, x - _along_channels(about, x), 0)
+    mean, _, m2 = _moments_of(deviations, divisor)  # the mean is what rounding has left
     return count, mean + about.to(wide), m2.clamp(min=0)
 
 
@@ -41,20 +56,15 @@ def count_positions(mask: Tensor, x: Tensor) -> Tensor:
     return mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
 
 
-def _deviations(x: Tensor, mask: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean in x's precision, and the valid values' deviations from it, else 0."""
-    shape = [-1, *[1] * (x.dim() - 2)]
-    if on_host(x) and x.dim() > 2 and x.numel():
-        # Products take a fifth of the time of torch.where; padding that is not finite spoils them.
-        factor = mask.expand(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
-        # Under autocast, which leaves ``out=`` alone, the product would be half's.
-        totals = x.new_empty(*x.shape[:2], 1)
-        torch.bmm(x.flatten(2), factor.flatten(2).transpose(1, 2), out=totals)
-        about = (per_channel(totals.squeeze(2)) / divisor).to(x.dtype)
-        if math.isfinite(about.sum()):
-            return about, (x - about.view(shape)).mul_(factor)
-    about = (_sum(torch.where(mask, x, 0)) / divisor).to(x.dtype)
-    return about, torch.where(mask, x - about.view(shape), 0)
+def _moments_of(x: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean, sum of squares and sum of squared deviations of values, all others being 0."""
+    total, squares = _sum(x), _sum_of_squares(x)
+    mean = total / count
+    return mean, squares, torch.addcmul(squares, total, mean, value=-1)
+
+
+def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (x.dim() - 2))
 
 
 def _sum(x: Tensor) -> Tensor:

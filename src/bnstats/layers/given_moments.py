@@ -150,15 +150,16 @@ def _gradients(
     if ctx.replicas is not None:
         sums = ctx.replicas.sum(sums)
     average, slope = sums * (factor * inverse / count.clamp(min=1))
-    average, slope = (_along_channels(v, x) for v in (average, slope * inverse))
-    centered = x - _along_channels(mean, x)
-    grad_x = direct.to(centered.dtype)
+    # One pass: ``slope z + average``.
+    wide = x.to(mean.dtype)
+    by_moments = F.batch_norm(wide, mean, var, slope, average, False, 0.0, ctx.eps)
+    grad_x = direct.to(mean.dtype)
     if mask is None:
-        grad_x = grad_x.sub_(average).addcmul_(centered, slope, value=-1)
+        grad_x = grad_x.sub_(by_moments)
     else:
-        factors = mask.to(centered.dtype)
-        grad_x = grad_x.addcmul_(factors, average, value=-1)
-        grad_x = grad_x.addcmul_(centered.mul_(factors), slope, value=-1)
+        largest = torch.finfo(mean.dtype).max  # for padding may be so large, and inf times 0 is NaN
+        by_moments = by_moments.clamp_(-largest, largest)
+        grad_x = grad_x.addcmul_(by_moments, mask.to(mean.dtype), value=-1)
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
