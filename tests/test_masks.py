@@ -110,6 +110,20 @@ def test_gradients_without_parameters_are_the_same(family, affine, bias):
 
 
 @normalizing_as_torch
+@pytest.mark.parametrize("needed", [{"x"}, {"weight"}, {"bias"}, {"x", "bias"}])
+def test_second_derivatives_need_no_gradient_of_what_is_frozen(family, needed):
+    layer, x = make(family, dtype=torch.float64), torch.randn(4, 3, 7, dtype=torch.float64)
+    tensors = {"x": x, "weight": layer.weight, "bias": layer.bias}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name in needed)
+    inputs = [tensors[name] for name in sorted(needed)]
+    loss = layer(x, mask=VALID).pow(3).sum()
+    grads = torch.autograd.grad(loss, inputs, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+    assert all(g.isfinite().all() for g in second)
+
+
+@normalizing_as_torch
 def test_running_statistics_are_those_of_valid_values(family):
     layer, values = make(family, dtype=torch.float64, momentum=None), []
     for t in range(4):

@@ -15,8 +15,8 @@ from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.given_moments import (
     by_definition,
+    corrected,
     normalize,
-    normalize_batch,
     scale_and_shift,
 )
 from bnstats.layers.replicas import Replicas, check_reverse_mode
@@ -248,20 +248,20 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if batch.replicas is None and not plain:
             centered, inverse, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()
-            weight, bias = self._scale_and_shift(weight, bias, mean, var)
+            weight, bias = corrected(weight, bias, self._correction(mean, var))
             output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
         elif batch.is_whole:
             count = input.numel() // self.num_features
             mean, var = batch_norm_cpu.moments(input.detach(), dtype)
-            weight, bias = self._scale_and_shift(weight, bias, mean, var)
-            output = normalize(input, weight, bias, mean, var, self.eps)
+            correction = self._correction(mean, var)
+            output = normalize(input, weight, bias, mean, var, self.eps, correction)
         else:
             count, mean, m2 = batch.moments(input)
             if on_host(count):
                 batch.check_count(input, int(count), 2)
             mean, var = mean.to(dtype), batch_variance(m2, count).to(dtype)
-            weight, bias = self._scale_and_shift(weight, bias, mean, var)
-            output = normalize_batch(input, weight, bias, mean, var, self.eps, batch, count)
+            moments = (mean, var, self.eps, self._correction(mean, var))
+            output = normalize(input, weight, bias, *moments, batch, count)
         if tracks and not in_backward_pass():
             with unseen():
                 self._track(mean, var, count)
@@ -279,12 +279,6 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         elif count > 0:
             self._track_on_host(mean, unbiased, int(count))
 
-    def _scale_and_shift(
-        self,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,  # noqa: ARG002
-        var: Tensor,  # noqa: ARG002
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return what the batch's normalized values are multiplied by, and what is added."""
-        return weight, bias
+    def _correction(self, mean: Tensor, var: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Return r and d, of shape (2, C), where ``r z + d`` stands for a normalized z."""
+        return None

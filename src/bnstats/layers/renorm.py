@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -138,30 +139,23 @@ class RenormBatchNorm(EMABatchNorm):
                 return int(counter) < self.warmup
             return self._corrections.begins_after(mean_and_m2(input.detach())[0])
 
-    def _scale_and_shift(
-        self, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _correction(self, mean: Tensor, var: Tensor) -> Tensor | None:
         if self._buffers["running_mean"] is None or not self.track_running_stats:
-            return weight, bias  # nothing to follow
+            return None  # nothing to follow
         with torch.no_grad(), unseen():
-            r, d = self._corrections.same(mean, self._correction(mean, var))
-        if weight is None:
-            return r, d
-        return weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
+            return self._corrections.same(mean, self._follow(mean, var))
 
-    def _correction(self, mean: Tensor, var: Tensor) -> Tensor:
-        """Return r and d, of shape (2, C)."""
+    def _follow(self, mean: Tensor, var: Tensor) -> Tensor:
+        """Return r and d, of shape (2, C), of a batch with these moments."""
         counter = self._buffers["num_batches_tracked"]
-        count: Number = math.inf
-        if counter is not None:
-            count = int(counter) if on_host(counter) else counter
-        max_ratio, max_shift = self._limits(count)
-        running_mean, running_var = (x.to(mean.dtype) for x in super()._state())
-        inverse = (running_var + self.eps).rsqrt_()
-        r = (var + self.eps).sqrt_() * inverse
-        d = (mean - running_mean) * inverse
-        r = torch.clamp(r, 1 / max_ratio, max_ratio)  # type: ignore[arg-type]
-        return torch.stack((r, torch.clamp(d, -max_shift, max_shift)))  # type: ignore[arg-type]
+        state = [x.to(mean.dtype) for x in (mean, var, *super()._state())]
+        if on_host(mean):  # where numpy's small operations cost a third of torch's
+            limits = self._limits(math.inf if counter is None else int(counter))
+            with np.errstate(all="ignore"):  # torch does not warn of what is not finite either
+                arrays = [x.numpy() for x in state]
+                return torch.from_numpy(np.array(_ratio_and_shift(arrays, self.eps, limits)))
+        limits = self._limits(math.inf if counter is None else counter)
+        return torch.stack(_ratio_and_shift(state, self.eps, limits))
 
     def _limits(self, num_batches: Number) -> tuple[Number, Number]:
         """Return rmax and dmax of the forward after so many."""
@@ -175,6 +169,18 @@ class RenormBatchNorm(EMABatchNorm):
             f"{super().extra_repr()}, warmup={self.warmup}, ramp={self.ramp}, "
             f"max_ratio={self.max_ratio}, max_shift={self.max_shift}"
         )
+
+
+def _ratio_and_shift(
+    state: list[Any], eps: float, limits: tuple[Number, Number]
+) -> tuple[Any, Any]:
+    """Return r and d, for tensors or numpy's arrays."""
+    mean, var, running_mean, running_var = state
+    max_ratio, max_shift = limits
+    running_sd = (running_var + eps) ** 0.5
+    r = ((var + eps) ** 0.5 / running_sd).clip(1 / max_ratio, max_ratio)
+    d = ((mean - running_mean) / running_sd).clip(-max_shift, max_shift)
+    return r, d
 
 
 class RenormBatchNorm1d(RenormBatchNorm, nn.BatchNorm1d):
