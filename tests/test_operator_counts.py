@@ -14,7 +14,7 @@ MEASURED = {
     "nn.BatchNorm2d": (2, 1),
     "EMABatchNorm2d": (21, 1),
     "CumulativeBatchNorm2d": (24, 1),
-    "MovingAverageBatchNorm2d": (46, 50),
+    "MovingAverageBatchNorm2d": (41, 43),
 }
 
 

@@ -14,7 +14,7 @@ from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers.given_moments import with_finite_padding
 from bnstats.layers.operators import opaque, register
-from bnstats.layers.tracking import HALF
+from bnstats.layers.tracking import HALF, replace_where
 from bnstats.private import intercepted, on_host, only_reverse_mode
 
 _SMALLEST_FACTOR = 1e-20
@@ -146,8 +146,9 @@ def _add_gradient(
         arrays = (gradients.numpy(), gradient_steps.numpy(), int(step), psi.numpy())
         return torch.from_numpy(ring_buffer.add_on_host(*arrays, warmup))
     ring, owners, mean = ring_buffer.add_on_device(gradients, gradient_steps, step, psi, warmup)
-    gradients.copy_(torch.where(step > 0, ring, gradients))
-    gradient_steps.copy_(torch.where(step > 0, owners, gradient_steps))
+    moves = step > 0
+    replace_where(gradients, moves, ring)
+    replace_where(gradient_steps, moves, owners)
     return mean
 
 

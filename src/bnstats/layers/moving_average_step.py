@@ -19,6 +19,7 @@ from bnstats.accumulators import ring_buffer
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.moving_average_recall import Scale, recall_if_repeated, remember_held
 from bnstats.layers.operators import opaque, register
+from bnstats.layers.tracking import replace_where
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_square, mean_square_on_host
@@ -149,7 +150,7 @@ def _take_step_on_device(state: State, chi: Tensor, options: Options) -> Scale:
         return Scale(var, ratio, step)
     for buffer, value in zip(state, new, strict=True):
         if buffer is not None and value is not None and value is not buffer:
-            buffer.copy_(torch.where(counted, value, buffer))
+            replace_where(buffer, counted, value)
     return Scale(var, ratio, step)
 
 

@@ -93,13 +93,13 @@ class TrackingBatchNorm(WideBuffersBatchNorm):
         compiled = torch.compiler.is_compiling() and not operators.is_exporting()
         counted = operators.counts(largest) if compiled else largest < torch.inf
         for buffer, value in zip(state, new, strict=True):
-            _replace(buffer, counted, value)
+            replace_where(buffer, counted, value)
         for index, by in enumerate(self._increments(batch_values)):
             if (counter := counters[index]) is None:
                 continue
             if index and self._forgets():
                 value = by if isinstance(by, Tensor) else torch.full_like(counter, by)
-                _replace(counter, counted, value)
+                replace_where(counter, counted, value)
             elif isinstance(by, Tensor):
                 counter.add_(counted * by)
             else:
@@ -122,7 +122,7 @@ def _largest_rounded(mean: Tensor, var: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.maximum(mean.to(dtype).abs().max(), var.to(dtype).max())
 
 
-def _replace(buffer: Tensor, counted: Tensor, value: Tensor) -> None:
+def replace_where(buffer: Tensor, counted: Tensor, value: Tensor) -> None:
     """Write a value where a batch counted, in one operation where ``out=`` is taken."""
     if value.dtype == buffer.dtype and not is_traced():
         torch.where(counted, value, buffer, out=buffer)
