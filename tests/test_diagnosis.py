@@ -283,6 +283,107 @@ def test_averages_of_earlier_weights_lag_with_dropout_too():
     assert "with dropout as in training it is" in diagnosis.evidence[0]
 
 
+class OverflowsInTraining(nn.Module):
+    def forward(self, x):
+        return x * float("inf") if self.training else x
+
+
+class RaisesInTraining(nn.Module):
+    def forward(self, x):
+        if self.training:
+            raise RuntimeError("targets are needed in training")
+        return x
+
+
+class Once:
+    """Can be iterated over once, as many a stream can, and is no iterator."""
+
+    def __init__(self, batches):
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
+
+
+@pytest.mark.parametrize(
+    ("random", "once", "says"),
+    [
+        (OverflowsInTraining(), False, "non-finite"),
+        (RaisesInTraining(), False, "targets are needed in training"),
+        (nn.Dropout(0.1), True, "at least one batch, got none"),
+    ],
+)
+def test_what_cannot_be_measured_with_dropout_on_costs_no_verdict(random, once, says):
+    loader = torch.randn(40, 64, 16).unbind()
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), random, nn.BatchNorm1d(16)).eval()
+    bnstats.recompute_population_stats(model, loader)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+        model[1].num_batches_tracked.fill_(40)
+        model[3].num_batches_tracked.fill_(40)
+    before = networks.snapshot(model)
+    diagnosis = bnstats.diagnose(model, Once(loader) if once else loader)
+    networks.assert_untouched(model, before)
+    assert diagnosis.verdict == "averages lag"
+    assert "'1'" in diagnosis.evidence[0]
+    assert "or of values under dropout or stochastic depth" in diagnosis.evidence[0]
+    assert "could not be measured" in diagnosis.evidence[-1]
+    assert says in diagnosis.evidence[-1]
+
+
+class LayerDrop(nn.Module):
+    """Whether a layer is to run: in training here, it is not."""
+
+    def forward(self):
+        return not self.training
+
+
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.drop = nn.BatchNorm1d(16), nn.BatchNorm1d(16), LayerDrop()
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x) if self.drop() else x
+
+
+@pytest.mark.filterwarnings("ignore:no batch reached these layers")
+def test_a_layer_that_does_not_run_in_training_is_diagnosed_without():
+    loader, model = torch.randn(40, 64, 16).unbind(), Skipping().eval()
+    bnstats.recompute_population_stats(model, loader)
+    for layer in batchnorms(model):
+        layer.num_batches_tracked.fill_(40)
+    model.second.running_var.mul_(2)
+    diagnosis = bnstats.diagnose(model, loader)
+    assert diagnosis.verdict == "averages lag"
+    assert "'second'" in diagnosis.evidence[0]
+
+
+@pytest.mark.parametrize(
+    ("bad", "verdict"),
+    [(torch.full((8, 4), torch.nan), "not the batch norm"), (torch.randn(1, 4), "cannot tell")],
+)
+def test_a_target_that_cannot_be_measured_costs_no_verdict(bad, verdict):
+    loader = list(torch.randn(50, 20, 4))
+    lagging = nn.Sequential(nn.BatchNorm1d(4))
+    bnstats.recompute_population_stats(lagging, loader)
+    lagging[0].num_batches_tracked.fill_(50)
+    right = copy.deepcopy(lagging)
+    lagging[0].running_mean.add_(1)
+
+    def metric(model, batch):
+        return model(batch).mean(1)
+
+    for options in ({}, {"metric": metric}):
+        diagnosis = bnstats.diagnose(lagging, loader, target=[bad], **options)
+        assert diagnosis.verdict == "averages lag"
+        assert diagnosis.evidence[-1].startswith("the target could not be measured: ")
+        diagnosis = bnstats.diagnose(right, loader, target=[bad], **options)
+        assert diagnosis.verdict == verdict
+        assert diagnosis.evidence[-1].startswith("the target could not be measured: ")
+
+
 def honest_steps(model, loader):
     """A few steps of training whose running statistics are averages over all of them."""
     for layer in batchnorms(model):

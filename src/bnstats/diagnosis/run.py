@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis import verdict
-from bnstats.diagnosis.causes import Case, find_cause, why_frozen
+from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
 from bnstats.diagnosis.drifted import distance, explain, not_finite
 from bnstats.diagnosis.dropout import on_as_in_training, random_modules
 from bnstats.diagnosis.metric import Metric, measure_metric, summarize
@@ -25,6 +25,7 @@ from bnstats.errors import (
     TooFewValuesError,
 )
 from bnstats.recomputation import (
+    Drift,
     PopulationStats,
     RunningStats,
     measure_population_stats,
@@ -57,7 +58,8 @@ def diagnose(
             layer in evaluation mode in a model that trains counts as frozen.
         loader: batches of the training data, as large as in training. Arguments about it are those
             of :func:`recompute_population_stats`. It is read once; with a metric and no target,
-            twice; where averages seem to lag in a model with dropout, once more.
+            twice; where averages seem to lag in a model with dropout, once more. What then
+            cannot be measured, or not of a target, is said in the evidence.
         metric: ``metric(model, batch)`` returns a number for each sample, the larger the better:
             ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
             sample with running and with population statistics, on the target if there is one.
@@ -141,6 +143,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was_training
 
 
+_NOT_MEASURED = (NonFiniteStatisticsError, TooFewValuesError)
+"""What a loader's data may lead to, and is an answer."""
+
+
+def _why_not(error: Exception) -> Finding:
+    """Return the verdict on a model that cannot be measured."""
+    if isinstance(error, TooFewValuesError):
+        return verdict.CANNOT_TELL, str(error)
+    return verdict.NOT_BATCH_NORM, (
+        f"{error}: weights, or data, are NaN or overflow before any statistics are used"
+    )
+
+
 class _Examination:
     """One examination of a model in evaluation mode."""
 
@@ -166,16 +181,33 @@ class _Examination:
         """Measure, and weigh what was found."""
         try:
             population = self._measure(loader)
-            of_target = None if target is None else self._measure(target)
-        except NonFiniteStatisticsError as error:
-            return _diagnosis(
-                verdict.NOT_BATCH_NORM,
-                f"{error}: weights, or data, are NaN or overflow before any statistics are used",
-            )
-        except TooFewValuesError as error:
-            return _diagnosis(verdict.CANNOT_TELL, str(error))
+        except _NOT_MEASURED as error:
+            return _diagnosis(*_why_not(error))
+        if not population:
+            return _diagnosis(verdict.CANNOT_TELL, "no BatchNorm layer could be measured")
         drift = population.drift_from(self._model)
-        cases = {
+        cases = self._cases(population, drift)
+        aside = self._under_dropout(cases, loader)
+        of_target = None
+        if target is not None:
+            try:
+                of_target = self._measure(target)
+            except _NOT_MEASURED as error:
+                found, why = _why_not(error)
+                aside.append(f"the target could not be measured: {why}")
+                if find_cause(cases) is None:
+                    return _diagnosis(found, *aside, drift=drift)
+                metric = expected = None  # of the target they would be
+        batches = loader if target is None else target
+        values = {} if metric is None else self._metric(metric, batches, population, of_target)
+        metrics = {name: summarize(x) for name, x in values.items()}
+        found, evidence = weigh(cases, values, population, of_target, expected)
+        if left := population.frozen:
+            evidence.append(f"{len(left)} frozen layers were left out: {first_names(left)}")
+        return _diagnosis(found, *evidence, *aside, drift=drift, metrics=metrics)
+
+    def _cases(self, population: PopulationStats, drift: Mapping[str, Drift]) -> dict[str, Case]:
+        return {
             name: Case(
                 self._layers[name],
                 distance(drift[name], population[name]),
@@ -184,39 +216,35 @@ class _Examination:
             )
             for name in population
         }
-        if not cases:
-            return _diagnosis(verdict.CANNOT_TELL, "no BatchNorm layer could be measured")
-        finding = find_cause(cases)
-        if finding is not None and finding[0] == verdict.AVERAGES_LAG:
-            cases = self._under_dropout(cases, loader)
-        values: dict[str, Tensor] = {}
-        if metric is not None:
-            values = self._metric(
-                metric, loader if target is None else target, population, of_target
-            )
-        metrics = {name: summarize(x) for name, x in values.items()}
-        found, evidence = weigh(cases, values, population, of_target, expected)
-        if left := population.frozen:
-            evidence.append(f"{len(left)} frozen layers were left out: {first_names(left)}")
-        return _diagnosis(found, *evidence, drift=drift, metrics=metrics)
 
     def _measure(self, loader: Iterable[Any]) -> PopulationStats:
         return measure_population_stats(
             self._model, loader, on_nonfinite="skip", sync=False, **self._options
         )
 
-    def _under_dropout(self, cases: dict[str, Case], loader: Iterable[Any]) -> dict[str, Case]:
-        """Measure with dropout as in training, where there is some: does that explain the drift?"""
+    def _under_dropout(self, cases: dict[str, Case], loader: Iterable[Any]) -> list[str]:
+        """Where averages seem to lag, measure with dropout as in training: does that explain it?
+
+        The cases get what it finds. Models and loaders may fail here that are good in evaluation,
+        for a training forward may take other inputs: that is returned as evidence.
+        """
+        finding = find_cause(cases)
         modules = random_modules(self._model)
-        if not modules or isinstance(loader, Iterator):  # which was read
-            return cases
-        with on_as_in_training(modules, self._options["device"]):
-            population = self._measure(loader)
+        if finding is None or finding[0] != verdict.AVERAGES_LAG or not modules:
+            return []
+        if isinstance(loader, Iterator):  # which was read
+            return []
+        try:
+            with on_as_in_training(modules, self._options["device"]):
+                population = self._measure(loader)
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            return [f"with dropout as in training it could not be measured: {why}"]
         drift = population.drift_from(self._model)
-        return {
-            name: case._replace(under_dropout=distance(drift[name], population[name]))
-            for name, case in cases.items()
-        }
+        for name in population.keys() & cases.keys():  # layers may run in evaluation alone
+            under = distance(drift[name], population[name])
+            cases[name] = cases[name]._replace(under_dropout=under)
+        return []
 
     def _metric(
         self,
