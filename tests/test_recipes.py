@@ -14,6 +14,7 @@ DISTRIBUTED = ("ddp", "distributed_sampler", "fsdp2")
 NEEDS = {
     "huggingface_trainer": "accelerate",
     "lightning_trainer": "lightning.pytorch",
+    "schedule_free": "schedulefree",
     "timm_model": "timm",
 }
 ALONE = sorted({path.stem for path in FOLDER.glob("*.py")} - {*DISTRIBUTED})
