@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import bnstats
 import held_layers
+import masked_replicas
 import replicated_layers
 import sharded_layers
 from bnstats.distributed import Peers
@@ -441,6 +442,7 @@ def statistics_in_dtensors_are_refused(rank, world):
 
 SCENARIOS = {
     **held_layers.SCENARIOS,
+    **masked_replicas.SCENARIOS,
     **replicated_layers.SCENARIOS,
     **sharded_layers.SCENARIOS,
     **{
