@@ -19,6 +19,7 @@ from bnstats.layers.given_moments import (
     normalize,
     scale_and_shift,
 )
+from bnstats.layers.mask_recall import MaskRecall, mask_of_forward
 from bnstats.layers.replicas import Replicas, check_reverse_mode
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
@@ -43,9 +44,12 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
     _mask: Mask | None = None
     """What :func:`bnstats.masked` has given the layer."""
 
+    _masks: MaskRecall | None = None
+    """What it gave the last forwards, once one was checkpointed."""
+
     _replicas: Replicas | None = None
 
-    _transient: ClassVar[tuple[str, ...]] = ("_held", "_mask")
+    _transient: ClassVar[tuple[str, ...]] = ("_held", "_mask", "_masks")
     """Attributes that a copy of the layer does not get."""
 
     _held = False
@@ -147,7 +151,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             self._check_input_dim(input)
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         batch = None
-        if mask is not None or self._mask is not None or self._replicas is not None:
+        masked = mask is not None or self._mask is not None or self._masks is not None
+        if masked or self._replicas is not None:
             batch = self._batch(input, mask)
         if mean is not None and self.track_running_stats:
             self._check_input_dim(input)
@@ -160,7 +165,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if replicas is not None and replicas.alone:
             replicas = None
         where = f"{type(self).__name__}({self.num_features})"
-        given = self._mask if mask is None else Mask(mask, where=where)
+        given = mask_of_forward(self, input) if mask is None else Mask(mask, where=where)
         if replicas is None:
             self._check_input_dim(input)
             return None if given is None else Batch(given.fit(input), where=given.where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,6 +24,10 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
     and in evaluation a mask has no effect. Masks do not change what other layers do: a
     convolution reads padding beside valid positions, so set padding to 0 before each of them if
     valid outputs are not to depend on it.
+
+    Contexts nest, the inner mask counts, and may end in any order. A backward may come after the
+    context, also where activation checkpointing runs a forward again there: it gets the mask that
+    it had. Around compiled code that is checkpointed, run it inside.
 
     Args:
         model: any Module with this package's layers; wrappers are seen through.
@@ -54,15 +59,24 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
     """
     check_mask(mask, "mask")
     check_downsample(downsample)
-    layers = _masked_layers(model)
-    before = [(layer, layer._mask) for layer in layers.values()]
+    masks = {
+        layer: Mask(mask, downsample, f"layer '{name}' ({type(layer).__name__})")
+        for name, layer in _masked_layers(model).items()
+    }
     try:
-        for name, layer in layers.items():
-            layer._mask = Mask(mask, downsample, f"layer '{name}' ({type(layer).__name__})")
+        for layer, given in masks.items():
+            _given.setdefault(layer, []).append(given)
+            layer._mask = given
         yield
     finally:
-        for layer, previous in before:
-            layer._mask = previous
+        for layer, given in masks.items():
+            left = [other for other in _given.get(layer, ()) if other is not given]
+            _given[layer] = left
+            layer._mask = left[-1] if left else None
+
+
+_given: WeakKeyDictionary[RunningStatsBatchNorm, list[Mask]] = WeakKeyDictionary()
+"""The masks of all contexts that are open, the latest last: they may end in any order."""
 
 
 def _masked_layers(model: nn.Module) -> dict[str, RunningStatsBatchNorm]:
