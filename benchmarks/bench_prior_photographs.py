@@ -7,12 +7,14 @@ held-out photographs come noisy, pale, bright or blurred.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch import nn
 
 import bnstats
-from benchmarks import command
+from benchmarks import command, report
 from benchmarks.bench_checkpoint import features_of, linear_head, small_classifier
-from benchmarks.bench_prior import Trained, errors_of
+from benchmarks.bench_prior import WAYS, Trained, errors_of
 from benchmarks.photographs import missing, say, synthetic_photos
 from benchmarks.rows import Row, Run
 from bnstats.cli.photos import Photos, efficientnet_lite0
@@ -35,7 +37,22 @@ def measure(run: Run) -> list[Row]:
     rows = []
     for size in SIZES[:1] if run.quick else SIZES:
         rows += errors_of(NET, [trained], size, draws=1 if run.quick else DRAWS, classes=10)
+    path = run.folder / "prior_photographs_table.md"
+    report.write_table(path, "prior_photographs", table(rows), "Errors in %. ")
     return rows
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """Return a line for each kind and number of photographs, and in it the error of every way."""
+    ways = [way for way in WAYS if any(row.what == way for row in rows)]
+    errors: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if row.what in ways:
+            held_out = row.work.removeprefix(f"{NET}, error: ")
+            errors[held_out, row.size][row.what] = f"{row.median:.1f}"
+    by_kind = sorted(errors.items(), key=lambda item: item[0][0])
+    lines = [[*kind, *(found[way] for way in ways)] for kind, found in by_kind]
+    return [["held out", "adapted to", *ways], *lines]
 
 
 def with_new_head(model: nn.Module, photos: Photos) -> Trained:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 import bnstats
-from benchmarks import command
+from benchmarks import command, report
 from benchmarks.bench_architectures import LARGER, PIXELS, architectures, logits
 from benchmarks.rows import Row, Run
 
@@ -48,6 +48,7 @@ def measure(run: Run) -> list[Row]:
             pixels = 32 if run.quick else LARGER.get(name.split()[-1], PIXELS)
             done[name] = look(model, torch.randn(BATCHES, BATCH, 3, pixels, pixels).unbind())
             path.write_text(json.dumps(done, indent=1) + "\n")
+    report.write_table(run.folder / "verdicts_table.md", "verdicts", table(done))
     return _rows(done)
 
 
@@ -64,6 +65,16 @@ def look(model: nn.Module, loader: Iterable[Tensor]) -> list[str]:
         optimizer.step()
     diagnosis = bnstats.diagnose(model.eval(), loader)
     return [diagnosis.verdict, diagnosis.evidence[0]]
+
+
+def table(done: dict[str, list[str]]) -> list[list[str]]:
+    """Return a line for each verdict: how many there are, and which if it is an alarm."""
+    counts = Counter(found for found, _ in done.values())
+    lines = [["verdict", "architectures", "false alarms"]]
+    for verdict, count in counts.most_common():
+        names = sorted(name for name, (found, _) in done.items() if found == verdict)
+        lines.append([verdict, str(count), "" if verdict in NO_ALARM else ", ".join(names)])
+    return lines
 
 
 def _rows(done: dict[str, list[str]]) -> list[Row]:

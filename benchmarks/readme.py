@@ -15,6 +15,7 @@ READMES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "
 PROMISED = [
     *("layers", "moving_average", "operators", "recompute", "layerwise"),
     *("memory", "import", "merges", "drift", "masks", "renorm", "observe", "prior"),
+    "verdicts",
 ]
 HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what memory allows"]
 
@@ -36,7 +37,10 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def tables(results: Path, text: str) -> dict[str, str]:
-    """Return the tables that a text has marks for: a benchmark's NAME_table.md, or all promises."""
+    """Return the tables that a text has marks for: a benchmark's NAME_table.md, or all promises.
+
+    In place of one that is not there yet, what measures it.
+    """
     found = {}
     for name in re.findall("<!-- (\\w+): begin -->", text):
         path = results / f"{name}_table.md"
@@ -44,6 +48,8 @@ def tables(results: Path, text: str) -> dict[str, str]:
             found[name] = performance(results)
         elif path.exists():
             found[name] = path.read_text().strip()
+        else:
+            found[name] = f"Not measured yet: `python -m benchmarks.bench_{name}`."
     return found
 
 

@@ -90,6 +90,34 @@ def test_the_readme_changes_between_its_marks_only(load, tmp_path):
     )
 
 
+def test_a_table_that_is_not_there_yet_says_what_measures_it(load, tmp_path):
+    text = "".join(load("readme").marks("verdicts"))
+    (table,) = load("readme").tables(tmp_path, text).values()
+    assert table == "Not measured yet: `python -m benchmarks.bench_verdicts`."
+
+
+SIZES = ("2 images", "16 images")
+
+
+def test_alarms_are_named_and_adaptations_side_by_side(load):
+    done = {"a": ["healthy", "-"], "b": ["averages lag", "-"], "c": ["healthy", "-"]}
+    assert load("bench_verdicts").table(done)[1:] == [
+        ["healthy", "2", ""],
+        ["averages lag", "1", "b"],
+    ]
+    rows, photographs = load("rows"), load("bench_prior_photographs")
+    measured = [
+        rows.Row(f"{photographs.NET}, error: {kind}", size, way, float(i), unit="%")
+        for i, way in enumerate(("source only", "measured weight"))
+        for size in SIZES
+        for kind in ("noise", "clean")
+    ]
+    assert photographs.table(measured) == [
+        ["held out", "adapted to", "source only", "measured weight"],
+        *([kind, size, "0.0", "1.0"] for kind in ("clean", "noise") for size in SIZES),
+    ]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_benchmarks_import_nothing_of_the_tests(path):
     tests = {module.stem for module in (ROOT / "tests").glob("*.py")} | {"tests"}
