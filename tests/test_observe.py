@@ -1,6 +1,7 @@
 """Statistics of forwards that the user runs: all of them, and nothing else is different."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -369,3 +370,33 @@ def test_on_a_device_it_waits_for_no_value(monkeypatch):
             model(x)
     with pytest.warns(BnstatsWarning, match="1 of 5 forwards had values that are not finite"):
         assert_stats_of(seen.stats(), observed_inputs(model, data))
+
+
+def copied(module):
+    return copy.deepcopy(module)
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("copying", [copied, pickled])
+def test_what_is_copied_from_a_model_that_is_observed_is_not(copying):
+    """A teacher of averaged weights, or a whole model that a trainer saves."""
+    model, data = without_dropout(networks.trained()).eval(), networks.uneven()
+    with bnstats.observe(model) as seen, bnstats.record_batch_stats(model) as record:
+        model(data[0])
+        other, layer = copying(model), copying(model[1])
+        other.train()(data[1])
+        layer(model[0](data[1]))
+    assert seen.num_batches == 1
+    assert_stats_of(seen.stats(), observed_inputs(model, data[:1]))
+    assert not any(len(one.iterations) for one in record.values())
+    assert_stats_of(*observations_of(other.eval(), data))
+
+
+def observations_of(model, data):
+    with bnstats.observe(model) as seen:
+        for x in data:
+            model(x)
+    return seen.stats(), observed_inputs(model, data)

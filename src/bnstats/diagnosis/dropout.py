@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnstats.hooks import Hook
+
 _OF_TORCH = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
@@ -45,7 +47,7 @@ def random_modules(model: nn.Module) -> list[nn.Module]:
 def on_as_in_training(modules: list[nn.Module], device: torch.device | str) -> Iterator[None]:
     """Let these modules act as in training in every forward; random numbers go on as without."""
     device = torch.device(device)
-    handles = [module.register_forward_pre_hook(_turn_on) for module in modules]
+    handles = [module.register_forward_pre_hook(Hook(_turn_on)) for module in modules]
     devices = {} if device.type == "cpu" else {"device_type": device.type}
     try:
         with torch.random.fork_rng([device] if devices else [], **devices):

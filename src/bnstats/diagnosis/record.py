@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.formatting import describe_mapping
+from bnstats.hooks import Hook
 from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
@@ -214,12 +215,14 @@ def _hook(layer: _BatchNorm, observe: Callable[..., None]) -> list[RemovableHand
     """Call ``observe(layer, args, kwargs, output)`` when a forward of the layer has normalized."""
     drop = layer._modules.get("drop")
     if drop is None:
-        return [layer.register_forward_hook(observe, with_kwargs=True)]
+        return [layer.register_forward_hook(Hook(observe), with_kwargs=True)]
     # timm's layers drop out and activate what they have normalized.
     called: list[Any] = []
+    begin = Hook(lambda *call: called.append(call))
+    end = Hook(lambda _, args: observe(*called.pop(), *args))
     return [
-        layer.register_forward_pre_hook(lambda *call: called.append(call), with_kwargs=True),
-        drop.register_forward_pre_hook(lambda _, args: observe(*called.pop(), *args)),
+        layer.register_forward_pre_hook(begin, with_kwargs=True),
+        drop.register_forward_pre_hook(end),
     ]
 
 

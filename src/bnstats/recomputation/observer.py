@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.hooks import Hook
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, Number
@@ -214,7 +215,7 @@ def hooked(layers: Iterable[ObservedLayer], on_input: OnInput) -> Iterator[None]
     """Call back with each input of the layers."""
     with ExitStack() as stack:
         for layer in layers:
-            hook = _pre_hook(layer, on_input)
+            hook = Hook(_pre_hook(layer, on_input))
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield

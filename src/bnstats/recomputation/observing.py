@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidValueError, warn
+from bnstats.hooks import Hook
 from bnstats.interrupts import Interrupts
 from bnstats.private import in_backward_pass, intercepted
 from bnstats.recomputation.batches import BatchCounts
@@ -163,8 +164,8 @@ class Observation:
         model = self._task.model
         stack.callback(self._end_batch)
         stack.enter_context(eager())
-        stack.callback(model.register_forward_pre_hook(self._begin_forward).remove)
-        ends = model.register_forward_hook(self._end_forward, always_call=True)
+        stack.callback(model.register_forward_pre_hook(Hook(self._begin_forward)).remove)
+        ends = model.register_forward_hook(Hook(self._end_forward), always_call=True)
         stack.callback(ends.remove)
         stack.enter_context(hooked(self._task.layers, self._on_input))
 
