@@ -1,6 +1,7 @@
 """Padding counts for nothing: statistics, gradients and state are those of valid positions."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -342,6 +343,19 @@ def test_batch_statistics_are_recorded_of_valid_positions():
     z = (values - values.mean(0)) / (values.var(0, correction=0) + layer.eps).sqrt()
     psi = (y.grad.transpose(1, 2)[VALID].double() * z).mean(0)
     torch.testing.assert_close(record[""].psi[0], psi, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_recorded_of_valid_positions_also_where_a_checkpoint_runs_again():
+    records, x = [], torch.randn(4, 3, 7, requires_grad=True)
+    for run in (lambda layer, x: layer(x), functools.partial(checkpoint, use_reentrant=True)):
+        layer = bnstats.EMABatchNorm1d(3)
+        with bnstats.record_batch_stats(layer) as record:
+            with bnstats.masked(layer, VALID):
+                y = run(layer, x)
+            y.square().sum().backward()
+        records.append(record[""])
+    for name in ("g", "psi"):
+        torch.testing.assert_close(getattr(records[1], name), getattr(records[0], name))
 
 
 BAD = {

@@ -44,6 +44,9 @@ class _Iteration:
         self.psi = torch.full_like(normalization.mean, torch.nan)
 
 
+_Awaiting = tuple[Tensor, _Iteration, Tensor | None]  # the input's mean, the row and the mask
+
+
 class LayerRecord:
     """The batch statistics of one layer, each of shape (iterations, C), float64.
 
@@ -68,7 +71,7 @@ class LayerRecord:
     def __init__(self, name: str) -> None:
         self.name = name
         self.iterations: list[_Iteration] = []
-        self.awaiting: list[tuple[Tensor, _Iteration]] = []
+        self.awaiting: list[_Awaiting] = []
 
     def __len__(self) -> int:
         return len(self.iterations)
@@ -218,11 +221,9 @@ def _hook(layer: _BatchNorm, observe: Callable[..., None]) -> list[RemovableHand
         return [layer.register_forward_hook(Hook(observe), with_kwargs=True)]
     # timm's layers drop out and activate what they have normalized.
     called: list[Any] = []
-    begin = Hook(lambda *call: called.append(call))
-    end = Hook(lambda _, args: observe(*called.pop(), *args))
     return [
-        layer.register_forward_pre_hook(begin, with_kwargs=True),
-        drop.register_forward_pre_hook(end),
+        layer.register_forward_pre_hook(Hook(lambda *call: called.append(call)), with_kwargs=True),
+        drop.register_forward_pre_hook(Hook(lambda _, args: observe(*called.pop(), *args))),
     ]
 
 
@@ -244,10 +245,10 @@ def _observe(
         record.iterations.append(row)
         if not output.requires_grad:
             # A checkpointed forward: its gradient arrives at the forward that runs again.
-            record.awaiting.append((mean_and_m2(x.detach())[0], row))
+            record.awaiting.append((mean_and_m2(x.detach())[0], row, valid))
             return
     elif output.requires_grad and record.awaiting:
-        row = _pop_same(record.awaiting, mean_and_m2(x.detach())[0])
+        _, row, valid = _pop_same(record.awaiting, mean_and_m2(x.detach())[0])
     else:
         return
     weight = None if layer.weight is None else layer.weight.detach()
@@ -256,10 +257,10 @@ def _observe(
     output.register_hook(partial(_take_gradient, row, layer.eps, weight, x.detach(), valid))
 
 
-def _pop_same(awaiting: list[tuple[Tensor, _Iteration]], mean: Tensor) -> _Iteration:
+def _pop_same(awaiting: list[_Awaiting], mean: Tensor) -> _Awaiting:
     """Take out the forward with this mean of its input; of several alike, the latest."""
-    distances = torch.stack([(mean - other).norm() for other, _ in awaiting]).flip(0)
-    return awaiting.pop(len(awaiting) - 1 - int(distances.argmin()))[1]
+    distances = torch.stack([(mean - other).norm() for other, *_ in awaiting]).flip(0)
+    return awaiting.pop(len(awaiting) - 1 - int(distances.argmin()))
 
 
 def _normalization(layer: _BatchNorm, x: Tensor, valid: Tensor | None) -> Normalization:
