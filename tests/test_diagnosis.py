@@ -395,6 +395,61 @@ def honest_steps(model, loader):
     return model.eval()
 
 
+def lagging(loader, shift=0.5):
+    """Return a model whose running mean is off, with a layer behind it."""
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
+    bnstats.recompute_population_stats(model, loader)
+    model[0].num_batches_tracked.fill_(len(loader))
+    model[0].running_mean.add_(shift)
+    return model
+
+
+def test_no_verdict_recommends_what_makes_the_metric_worse():
+    """A pretrained classifier on other pictures: its head was trained behind its statistics."""
+    loader = list(torch.randn(50, 20, 4))
+    model = lagging(loader)
+    head = copy.deepcopy(model)
+
+    def metric(model, batch):
+        return -(model(batch) - head(batch)).square().sum(1)
+
+    assert bnstats.diagnose(model, loader).verdict == "averages lag"
+    diagnosis = bnstats.diagnose(model, loader, metric=metric)
+    assert diagnosis.verdict == "cannot tell"
+    assert "population statistics make the metric worse" in diagnosis.evidence[-1]
+    diagnosis = bnstats.diagnose(model, loader, metric=lambda *args: -metric(*args))
+    assert diagnosis.verdict == "averages lag"
+
+
+@pytest.mark.parametrize("share", [1, 4])
+def test_a_metric_that_overflows_with_running_statistics_alone_is_evidence(share):
+    loader = list(torch.randn(50, 20, 4))
+    model = lagging(loader, shift=0.05)  # no distance that is large
+
+    def overflowing(model, batch):
+        bad = torch.arange(len(batch)) % share == 0
+        off = abs(float(model[0].running_mean.mean())) > 0.04
+        return -torch.where(bad & off, torch.inf, model(batch).square().mean(1))
+
+    assert bnstats.diagnose(model, loader).verdict == "healthy"
+    diagnosis = bnstats.diagnose(model, loader, metric=overflowing, expected=0.0)
+    assert diagnosis.verdict == "averages lag"
+    num = 1000 // share
+    assert f"NaN or infinite for {num} of them with running statistics" in diagnosis.evidence[-1]
+    assert diagnosis.metrics["running"].mean == -torch.inf
+    assert diagnosis.metrics["population"].stderr > 0
+    model[0].running_mean.sub_(0.05)
+    assert bnstats.diagnose(model, loader, metric=overflowing).verdict == "healthy"
+
+
+@pytest.mark.filterwarnings("ignore:all 1 BatchNorm layers are frozen")
+def test_what_is_frozen_as_a_whole_can_be_thawed():
+    loader = list(torch.randn(50, 20, 4))
+    diagnosis = bnstats.diagnose(bnstats.freeze_statistics(lagging(loader)), loader)
+    assert diagnosis.verdict == "cannot tell"
+    assert "bnstats.thaw_statistics(model.eval())" in diagnosis.evidence[0]
+
+
 def test_the_model_is_left_as_it_was(digits):
     model = fit(convolutional_net(), digits, steps=5)
     model[3].eval()

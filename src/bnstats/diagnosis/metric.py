@@ -32,7 +32,8 @@ def measure_metric(
     """Return the metric of every sample under every set of statistics, float64 of shape (N,).
 
     Each batch is evaluated with all of them, so that differences are between the same samples. The
-    model is in evaluation mode; its own running statistics are restored at the end.
+    model is in evaluation mode; its own running statistics are restored at the end. A sample may
+    overflow with some statistics: with one at least it is finite.
     """
     before = {name: RunningStats.of(layer) for name, layer in layers.items()}
     values: dict[str, list[Tensor]] = {name: [] for name in statistics}
@@ -49,7 +50,10 @@ def measure_metric(
             running.write_to(layers[name])
     if not all(values.values()):
         raise InvalidValueError("metric: expected at least one batch to take it of, got none")
-    return {name: torch.cat(parts) for name, parts in values.items()}
+    found = {name: torch.cat(parts) for name, parts in values.items()}
+    if not torch.stack([x.isfinite() for x in found.values()]).any(0).all():
+        raise InvalidValueError("metric: expected finite numbers, got NaN or infinity")
+    return found
 
 
 def _values(result: object) -> Tensor:
@@ -58,14 +62,11 @@ def _values(result: object) -> Tensor:
             "metric: expected metric(model, batch) to return a tensor with a number for each "
             f"sample, the larger the better, or one number, got {type(result).__name__}"
         )
-    values = torch.as_tensor(result, device="cpu").detach().double().flatten()
-    if not values.isfinite().all():
-        raise InvalidValueError("metric: expected finite numbers, got NaN or infinity")
-    return values
+    return torch.as_tensor(result, device="cpu").detach().double().flatten()
 
 
 def summarize(values: Tensor) -> Measured:
-    """Return the mean of values and its standard error; NaN for a single one."""
+    """Return the mean of values and its standard error; NaN for too few."""
     count = len(values)
     spread = float(values.std()) if count > 1 else float("nan")
-    return Measured(float(values.mean()), spread / count**0.5, count)
+    return Measured(float(values.mean()), spread / max(count, 1) ** 0.5, count)

@@ -63,6 +63,7 @@ def diagnose(
         metric: ``metric(model, batch)`` returns a number for each sample, the larger the better:
             ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
             sample with running and with population statistics, on the target if there is one.
+            Where it is worse with population statistics, no verdict recommends these.
         target: batches of the data that the model is evaluated on, where these may be others.
         expected: what the metric should be. If it is less, and statistics do not improve it,
             the fault is not the batch norm's. Only the user knows what is normal for a model.
@@ -75,7 +76,7 @@ def diagnose(
 
     Raises:
         InvalidValueError: an empty loader, an iterator where it is read twice, a metric that is not
-            finite, ``expected`` without a metric.
+            finite with any statistics, ``expected`` without a metric.
         InvalidTypeError: not a Module, not a loader, a metric that returns something else.
 
     Example:
@@ -184,7 +185,13 @@ class _Examination:
         except _NOT_MEASURED as error:
             return _diagnosis(*_why_not(error))
         if not population:
-            return _diagnosis(verdict.CANNOT_TELL, "no BatchNorm layer could be measured")
+            why = "no BatchNorm layer could be measured"
+            if left := population.frozen:
+                why += (
+                    f": {len(left)} are frozen ({first_names(left)}); "
+                    "bnstats.thaw_statistics(model.eval()) lets them be measured"
+                )
+            return _diagnosis(verdict.CANNOT_TELL, why)
         drift = population.drift_from(self._model)
         cases = self._cases(population, drift)
         aside = self._under_dropout(cases, loader)

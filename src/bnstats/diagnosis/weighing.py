@@ -42,7 +42,11 @@ def weigh(
             f"population statistics improve the metric; {_worst(cases)}",
         )
     if finding is not None:
-        return finding[0], [finding[1], *about_metric]
+        found, why = finding
+        of_averages = found not in (verdict.BATCH_TOO_SMALL, verdict.OTHER_DATA)
+        if of_averages and values and _gain(values, "population") < -_SURE:
+            return verdict.CANNOT_TELL, [why, *about_metric, _WORSE]
+        return found, [why, *about_metric]
     if expected is not None and (short := _shortfall(values, expected)):
         return verdict.NOT_BATCH_NORM, [_worst(cases), *about_metric, short]
     if of_dropout and not values:
@@ -86,32 +90,63 @@ def _worst(cases: Mapping[str, Case]) -> str:
     )
 
 
+_WORSE = (
+    "population statistics make the metric worse: the loader may be of other data than the model "
+    "was trained on, or the metric larger where the model is worse"
+)
+
+
 def _gain(values: Mapping[str, Tensor], name: str) -> float:
     """Return what other statistics make of the metric, in standard errors of the difference.
 
     What is less than the metric's own standard error nobody sees: 0.
     """
-    gained = summarize(values[name] - values["running"])
-    if gained.num_samples < _FEWEST_SAMPLES or gained.mean <= summarize(values["running"]).stderr:
+    own = values["running"]
+    cured = _num_overflows(own) - _num_overflows(values[name])
+    if cured and len(own) >= _FEWEST_SAMPLES:
+        return math.copysign(math.inf, cured)
+    gained = summarize(_differences(values, name))
+    seen = abs(gained.mean) > summarize(own[own.isfinite()]).stderr
+    if gained.num_samples < _FEWEST_SAMPLES or not seen:
         return 0.0
-    return gained.mean / gained.stderr if gained.stderr else math.inf
+    return gained.mean / gained.stderr if gained.stderr else math.copysign(math.inf, gained.mean)
+
+
+def _differences(values: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return what other statistics change, of samples that are finite with both."""
+    differences = values[name] - values["running"]
+    return differences[differences.isfinite()]
+
+
+def _num_overflows(values: Tensor) -> int:
+    return int((~values.isfinite()).sum())
 
 
 def _about_metric(values: Mapping[str, Tensor]) -> str:
-    parts = [f"the metric is {summarize(values['running'])} with running statistics"]
+    own = values["running"]
+    parts = [f"the metric is {summarize(own[own.isfinite()])} with running statistics"]
     for name in values:
         if name != "running":
-            gained: Measured = summarize(values[name] - values["running"])
-            parts.append(f"changes by {gained} with those of the {_WHOSE[name]}")
-    return ", ".join(parts) + f" ({len(values['running'])} samples)"
+            gained: Measured = summarize(_differences(values, name))
+            parts.append(f"changes by {gained} with {_WHOSE[name]}")
+    text = ", ".join(parts) + f" ({len(own)} samples)"
+    for name, x in values.items():
+        if num := _num_overflows(x):
+            text += f"; it is NaN or infinite for {num} of them with {_WHOSE[name]}"
+    return text
 
 
-_WHOSE = {"population": "loader's population", "target": "target"}
+_WHOSE = {
+    "running": "running statistics",
+    "population": "those of the loader's population",
+    "target": "those of the target",
+}
 
 
 def _shortfall(values: Mapping[str, Tensor], expected: float) -> str:
     """Return a message if the metric is below what was expected with any statistics, else ""."""
-    best = max((summarize(x) for x in values.values()), key=lambda measured: measured.mean)
-    if not expected - best.mean > _SURE * best.stderr:
+    finite = [x for x in values.values() if not _num_overflows(x)]
+    best = max((summarize(x) for x in finite), key=lambda measured: measured.mean, default=None)
+    if best is None or not expected - best.mean > _SURE * best.stderr:
         return ""
     return f"{expected:.4g} was expected, and with no statistics it is more than {best}"
