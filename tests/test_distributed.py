@@ -1,5 +1,7 @@
 """Processes that measure together end with the same bits, or all with an error."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,8 @@ import processes
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Moments
-from bnstats.recomputation.estimators import Pooled, averaged, moving_average
+from bnstats.recomputation.estimators import Pooled, averaged, moving_average, pooled_state
+from bnstats.recomputation.spread import state_of_units
 
 ESTIMATORS = {"pooled": Pooled, "batch_average": averaged, "ema": moving_average}
 
@@ -59,6 +62,22 @@ def test_estimators_merge_wherever_the_batches_are_cut(method, cuts):
         merged.merge_state(taken(batches[a:b]).state())
     for mine, whole in zip(merged.estimate(), taken(batches).estimate(), strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-10, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("samples", [False, True], ids=["batches", "samples too"])
+def test_batches_at_once_give_the_state_of_one_after_the_other(samples):
+    batches = [torch.randn(n, 3).double() + 10 * i for i, n in enumerate((5, 0, 2, 7))]
+    like = torch.zeros(3, dtype=torch.float64)
+    one_by_one, at_once = (Pooled(torch.ones_like(like), like, samples=samples) for _ in range(2))
+    moments = [moments_of(x) if len(x) else Moments(like, like, like) for x in batches]
+    about = torch.full_like(like, 15.0)
+    spreads = [state_of_units(x, torch.zeros_like(x), 1, about) for x in batches]
+    for batch, spread in zip(moments, spreads, strict=True):
+        one_by_one.add(batch, spread if samples else None)
+    counts, means, m2s = (torch.stack(x) for x in zip(*map(astuple, moments), strict=True))
+    at_once.merge_state(pooled_state(counts[:, :1], means, m2s, spreads if samples else None))
+    for mine, whole in zip(at_once.estimate(), one_by_one.estimate(), strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", ESTIMATORS)

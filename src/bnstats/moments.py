@@ -102,6 +102,24 @@ def fold_(
     return True
 
 
+def pool(counts: Number, means: Tensor, m2s: Tensor) -> tuple[Number, Tensor, Tensor]:
+    """Return number, mean and sum of squared deviations of all values of several batches.
+
+    Args:
+        counts: each batch's number of values per channel, of shape (B, 1), or that of every one.
+        means: of shape (B, C).
+        m2s: of shape (B, C).
+    """
+    count: Number
+    if isinstance(counts, Tensor):
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+    else:
+        count = counts * len(means)
+        mean = means.sum(0) / max(len(means), 1)
+    return count, mean, m2s.sum(0).add_(((means - mean).square_() * counts).sum(0))
+
+
 def _add_quotient(x: Tensor, y: Tensor, divisor: Number) -> Tensor:
     """Return ``x + y / divisor`` in one operation."""
     if isinstance(divisor, Tensor):

@@ -6,15 +6,15 @@ whole model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
-from bnstats.moments import Moments, Number, Weights, fold
-from bnstats.recomputation.spread import STATE_ROWS, Spread
+from bnstats.moments import Moments, Number, Weights, fold, pool
+from bnstats.recomputation.spread import STATE_ROWS, Spread, merged_states, state_of_units
 
 EMA_MOMENTUM = 0.1
 """Momentum of ``method="ema"``: torch's default for its layers."""
@@ -135,6 +135,23 @@ class Pooled:
             mean_weight=torch.ones_like(mean),
             var_weight=torch.ones_like(mean),
         )
+
+
+def pooled_state(
+    counts: Tensor, means: Tensor, m2s: Tensor, samples: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Return the ``state()`` of a :class:`Pooled` that was given these batches.
+
+    Args:
+        counts: number of values per channel, of shape (B, 1).
+        means: of shape (B, C).
+        m2s: of shape (B, C).
+        samples: the state of the spread between the samples of each batch, where it is taken.
+    """
+    count, mean, m2 = pool(counts, means, m2s)
+    total = torch.stack([torch.as_tensor(count).expand_as(mean), mean, m2])
+    of_samples = [] if samples is None else [merged_states(samples)]
+    return torch.cat([total, state_of_units(means, m2s, counts, mean), *of_samples])
 
 
 class Averaged:

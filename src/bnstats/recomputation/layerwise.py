@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -21,10 +21,9 @@ from bnstats.errors import (
     NonFiniteStatisticsError,
     RepeatedLayerError,
 )
-from bnstats.moments import Moments
 from bnstats.recomputation.batches import BatchCounts, Reader
 from bnstats.recomputation.collector import FIRST_CHECK, within_tolerance
-from bnstats.recomputation.estimators import Estimate, Pooled
+from bnstats.recomputation.estimators import Estimate, Pooled, pooled_state
 from bnstats.recomputation.forward_threads import ForwardThread, ForwardThreads
 from bnstats.recomputation.observer import LayerMoments, ObservedLayer, observed
 from bnstats.recomputation.population import PopulationStats
@@ -109,7 +108,7 @@ class _LayerwisePass:
         self._lock = threading.Lock()
         widest = max(layer.num_features for layer in task.layers)
         self._empty_state = task.like.new_zeros(
-            len(self._new_estimator(task.layers[0]).state()), widest
+            len(self._new_estimator(task.layers[:1]).state()), widest
         )
 
     def run(self, batches: Iterable[Any]) -> tuple[BatchCounts, Estimate]:
@@ -123,17 +122,23 @@ class _LayerwisePass:
                 counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:
                 self._threads.close()
-        # What several processes have merged is on CPU.
-        device = task.like.device if task.peers.alone else torch.device("cpu")
-        fraction = counts.fraction
-        columns = zip(*(self._estimate(x, fraction, device) for x in task.layers), strict=True)
-        return counts, Estimate(*map(torch.cat, columns))
+        return counts, self._estimate(counts.fraction)
 
-    def _estimate(self, layer: ObservedLayer, fraction: float, device: torch.device) -> Estimate:
-        if layer in self._combined:
-            return self._combined[layer]
-        estimator = self._completed.get(layer) or self._new_estimator(layer, device)
-        return estimator.estimate(fraction)
+    def _estimate(self, fraction: float) -> Estimate:
+        """Return the estimates of all layers, which take as many operations as that of one."""
+        layers = self._task.layers
+        # What several processes have merged is on CPU.
+        device = self._task.like.device if self._task.peers.alone else torch.device("cpu")
+        estimators = [self._completed.get(x) or self._new_estimator([x], device) for x in layers]
+        together = self._new_estimator(layers, device)
+        together.merge_state(torch.cat([x.state() for x in estimators], dim=1))
+        estimate = together.estimate(fraction)
+        if not self._combined:
+            return estimate
+        channels = [layer.num_features for layer in layers]
+        columns = zip(*(part.split(channels) for part in estimate), strict=True)
+        parts = [self._combined.get(x, Estimate(*c)) for x, c in zip(layers, columns, strict=True)]
+        return Estimate(*map(torch.cat, zip(*parts, strict=True)))
 
     def _start(self, batches: Iterator[Any]) -> None:
         """Start a forward of every batch."""
@@ -227,15 +232,15 @@ class _LayerwisePass:
     def _state(self, layer: ObservedLayer) -> Tensor:
         """Return the state of this process's batches at a layer, in their order, padded."""
         threads = self._waiting_at(layer)
-        estimator = self._new_estimator(layer)
-        for thread in threads:
-            moments = thread.waiting_with.moments
-            mean, m2 = moments.mean.to(self._task.like), moments.m2.to(self._task.like)
-            count = torch.full_like(mean, float(moments.num_values))
-            samples = moments.samples
-            samples = None if samples is None else samples.to(self._task.like)
-            estimator.add(Moments(count, mean, m2), samples)
-        state = estimator.state()
+        if not threads:
+            return self._empty_state
+        like = self._task.like
+        moments = [thread.waiting_with.moments for thread in threads]
+        counts = like.new_tensor([[x.num_values] for x in moments])
+        means = torch.stack([x.mean.to(like) for x in moments])
+        m2s = torch.stack([x.m2.to(like) for x in moments])
+        samples = [x.samples.to(like) for x in moments if x.samples is not None]
+        state = pooled_state(counts, means, m2s, samples or None)
         if not state.isfinite().all():
             self._refuse_nonfinite(layer, threads)
             return self._state(layer)
@@ -243,7 +248,7 @@ class _LayerwisePass:
 
     def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""
-        estimator = self._new_estimator(layer, states.device)
+        estimator = self._new_estimator([layer], states.device)
         for state in states:
             estimator.merge_state(state[:, : layer.num_features])
         count = int(states[:, 0, 0].sum())
@@ -279,7 +284,11 @@ class _LayerwisePass:
     def _waiting_at(self, layer: ObservedLayer) -> list[ForwardThread]:
         return [thread for thread in self._threads.waiting if thread.waiting_with.layer is layer]
 
-    def _new_estimator(self, layer: ObservedLayer, device: torch.device | None = None) -> Pooled:
-        like = self._task.like.new_zeros(layer.num_features, device=device)
-        correction = torch.full_like(like, self._task.correction_of(layer))
-        return Pooled(correction, like, samples=layer.reference is not None)
+    def _new_estimator(
+        self, layers: Sequence[ObservedLayer], device: torch.device | None = None
+    ) -> Pooled:
+        like = self._task.like.new_zeros(sum(x.num_features for x in layers), device=device)
+        corrections = [
+            like.new_full((x.num_features,), self._task.correction_of(x)) for x in layers
+        ]
+        return Pooled(torch.cat(corrections), like, samples=layers[0].reference is not None)

@@ -23,9 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.hooks import Hook
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
-from bnstats.moments import Moments, Number
+from bnstats.moments import Moments, Number, pool
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
-from bnstats.recomputation.spread import merged_states, state_of_samples
+from bnstats.recomputation.spread import merged_states, state_of_units
 from bnstats.reduction import mean_and_m2, wide_dtype
 from bnstats.traversal import num_features
 
@@ -49,7 +49,7 @@ class LayerMoments(NamedTuple):
         merged = mine + theirs
         samples = None
         if self.samples is not None and other.samples is not None:
-            samples = merged_states(self.samples, other.samples)
+            samples = merged_states([self.samples, other.samples])
         return LayerMoments(self.num_values + other.num_values, merged.mean, merged.m2, samples)
 
     def to(self, device: torch.device) -> LayerMoments:
@@ -142,16 +142,9 @@ class ObservedLayer:
         if self.about_zero:
             m2s = m2s + counts * means.square()
             means = torch.zeros_like(means)
-        if isinstance(counts, Tensor):
-            count = int(counts.sum())
-            mean = (counts * means).sum(0) / max(count, 1)
-            m2 = (m2s + counts * (means - mean).square()).sum(0)
-        else:
-            count = int(counts * len(means))
-            mean = means.sum(0) / max(len(means), 1)
-            m2 = m2s.sum(0).add_((means - mean).square_().sum(0), alpha=counts)
-        samples = state_of_samples(means, m2s, counts, reference.to(means.device))
-        return LayerMoments(count, mean, m2, samples)
+        count, mean, m2 = pool(counts, means, m2s)
+        samples = state_of_units(means, m2s, counts, reference.to(means.device))
+        return LayerMoments(int(count), mean, m2, samples)
 
     def normalize_with_batch(self, moments: LayerMoments) -> None:
         """Let the layer normalize with the biased variance of these values, as in training."""

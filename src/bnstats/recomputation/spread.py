@@ -5,6 +5,8 @@ A unit is a batch, or a sample: one entry of the batch's first axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,15 @@ def change(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Ten
     return matrix
 
 
-def state_of_samples(mean: Tensor, m2: Tensor, count: Number, reference: Tensor) -> Tensor:
-    """Return the ``state()`` of a :class:`Spread` whose units are these samples, (rows, C).
+def state_of_units(mean: Tensor, m2: Tensor, count: Number, reference: Tensor) -> Tensor:
+    """Return the ``state()`` of a :class:`Spread` that was given these units, (rows, C).
+
+    q is a mean square about the reference, as u is, and a unit weighs by its squared count.
 
     Args:
-        mean: each sample's mean, of shape (N, C).
-        m2: each sample's sum of squared deviations, of shape (N, C).
-        count: number of every sample's values per channel, or of each, of shape (N, 1).
+        mean: each unit's mean, of shape (N, C).
+        m2: each unit's sum of squared deviations, of shape (N, C).
+        count: number of every unit's values per channel, or of each, of shape (N, 1).
         reference: what u and q are about, of shape (C,).
     """
     u = mean - reference
@@ -61,12 +65,12 @@ def state_of_samples(mean: Tensor, m2: Tensor, count: Number, reference: Tensor)
     return torch.cat([torch.stack([num_units, reference]), torch.stack(sums).mul_(count**2)])
 
 
-def merged_states(state: Tensor, other: Tensor) -> Tensor:
-    """Return the state of the units of both, about one reference."""
-    spread = Spread(state[0], about_reference=True)
-    spread.merge_state(state)
-    spread.merge_state(other)
-    return spread.state()
+def merged_states(states: Sequence[Tensor]) -> Tensor:
+    """Return the state of the units of all, which are about one reference."""
+    num_units, reference, sums = states[0][:1], states[0][1:2], states[0][2:]
+    for state in states[1:]:
+        num_units, sums = num_units + state[:1], sums + state[2:]
+    return torch.cat([num_units, reference, sums])
 
 
 class Spread:
