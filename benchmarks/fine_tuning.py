@@ -169,10 +169,9 @@ def plan() -> list[tuple[Cell, int]]:
     ]
     order = [
         *((far[60], range(3)), (scratch, range(1)), (far[60], range(3, 5))),
-        *((between[60], range(5)), (far[300], range(1)), (scratch, range(1, 3))),
-        *((between[300], range(1)), (far[300] + between[300], range(1, 5))),
-        (far[16] + between[16], range(5)),
-        (scratch, range(3, 5)),
+        *((between[60], range(5)), (far[16] + between[16], range(5))),
+        *((far[300], range(1)), (scratch, range(1, 3)), (between[300], range(1))),
+        *((far[300] + between[300], range(1, 5)), (scratch, range(3, 5))),
     ]
     return [(cell, seed) for cells, seeds in order for seed in seeds for cell in cells]
 
