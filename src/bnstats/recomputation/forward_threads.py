@@ -77,8 +77,13 @@ class ForwardThreads:
         return thread if isinstance(thread, ForwardThread) else None
 
     def share_cores(self, num_threads: int) -> None:
-        """Divide torch's intra-op threads among so many, if these are fewer than may run."""
+        """Divide torch's intra-op threads among so many, if these are fewer than may run.
+
+        The thread that calls keeps one: a team of more, once it has computed, spins on cores
+        that the forwards need.
+        """
         self._num_sharing = max(1, min(num_threads, self._max_running))
+        torch.set_num_threads(1)
 
     def start(self, forward: Callable[[], Any]) -> None:
         """Start a forward, as soon as one less than ``max_running`` runs.
@@ -217,8 +222,7 @@ class _ThreadSettings:
                 torch.accelerator.set_stream(stream)  # and its device
             if self._device_index is not None:
                 torch.accelerator.set_device_index(self._device_index)
-            if num_sharing > 1:
-                torch.set_num_threads(max(1, self._num_threads // num_sharing))
+            torch.set_num_threads(max(1, self._num_threads // num_sharing))
             yield
 
     def restore(self) -> None:

@@ -106,10 +106,10 @@ class _LayerwisePass:
         self._num_skipped = 0
         self._bytes_held = 0
         self._lock = threading.Lock()
-        widest = max(layer.num_features for layer in task.layers)
-        self._empty_state = task.like.new_zeros(
-            len(self._new_estimator(task.layers[:1]).state()), widest
-        )
+        # Processes exchange states of one shape, the widest layer's.
+        width = 1 if task.peers.alone else max(layer.num_features for layer in task.layers)
+        self._num_rows = len(self._new_estimator(task.layers[:1]).state())
+        self._empty_state = task.like.new_zeros(self._num_rows, width)
 
     def run(self, batches: Iterable[Any]) -> tuple[BatchCounts, Estimate]:
         """Let the batches through."""
@@ -172,7 +172,7 @@ class _LayerwisePass:
                     exchange.send(self._state(layer))
                 states = exchange.results
             self._num_completed += 1
-            step = partial(self._complete, layer, states.unflatten(1, self._empty_state.shape))
+            step = partial(self._complete, layer, states.unflatten(1, (self._num_rows, -1)))
             progress()
 
     def _on_input(self, layer: ObservedLayer, input: Tensor) -> None:
@@ -244,7 +244,7 @@ class _LayerwisePass:
         if not state.isfinite().all():
             self._refuse_nonfinite(layer, threads)
             return self._state(layer)
-        return F.pad(state, (0, self._empty_state.shape[1] - layer.num_features))
+        return F.pad(state, (0, max(0, self._empty_state.shape[1] - layer.num_features)))
 
     def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""
