@@ -11,7 +11,7 @@ from bnstats.private import on_host
 from bnstats.reduction import (
     FEWEST_FAST,
     accumulator,
-    cancels,
+    cancelling_channels,
     other_axes,
     per_channel,
     short_rows,
@@ -40,7 +40,7 @@ def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
         factor = mask.expand(x.shape[0], 1, *x.shape[2:]).to(x.dtype)
         mean, squares, m2 = _moments_of(x * factor, divisor)
         if math.isfinite(m2.sum()):
-            if not cancels(squares, m2).any():
+            if cancelling_channels(squares, m2) is None:
                 return count, mean, m2.clamp_(min=0)
             about = mean.to(x.dtype)
             deviations = (x - _along_channels(about, x)).mul_(factor)

@@ -167,8 +167,7 @@ def _from_sums(
     m2 = torch.addcmul(squares, total, mean, value=-1)
     if shift is not None:
         mean = mean + shift
-    cancelling = cancels(squares, m2)
-    return mean, m2, cancelling if cancelling.any().item() else None
+    return mean, m2, cancelling_channels(squares, m2)
 
 
 def _are_many(channels: Tensor) -> bool:
@@ -176,11 +175,11 @@ def _are_many(channels: Tensor) -> bool:
     return channels.sum().item() > len(channels) // 4
 
 
-def cancels(squares: Tensor, m2: Tensor) -> Tensor:
-    """Return which channels lose too many digits by cancellation."""
-    # Not the other way round: what is not finite may be so here only.
+def cancelling_channels(squares: Tensor, m2: Tensor) -> Tensor | None:
+    """Return which channels lose too many digits by cancellation; None if none do."""
     excess = torch.sub(squares, m2, alpha=1 + _LARGEST_SQUARED_MEAN)
-    return (excess <= 0).logical_not_()
+    # Not the other way round: what is not finite may be so here only.
+    return None if excess.max().item() <= 0 else (excess <= 0).logical_not_()
 
 
 def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,8 +148,8 @@ def pooled_state(
         m2s: of shape (B, C).
         samples: the state of the spread between the samples of each batch, where it is taken.
     """
-    count, mean, m2 = pool(counts, means, m2s)
-    total = torch.stack([torch.as_tensor(count).expand_as(mean), mean, m2])
+    _, mean, m2 = pool(counts, means, m2s)
+    total = torch.stack([counts.sum(0).expand_as(mean), mean, m2])
     of_samples = [] if samples is None else [merged_states(samples)]
     return torch.cat([total, state_of_units(means, m2s, counts, mean), *of_samples])
 

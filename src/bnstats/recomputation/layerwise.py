@@ -93,10 +93,11 @@ class _LayerwisePass:
     def __init__(self, task: Task, reader: Reader) -> None:
         self._task = task
         self._reader = reader
-        # The device of a GPU is kept busy by one; on CPU, forwards with one thread each beat
-        # one forward with many.
+        # The device of a GPU is kept busy by one. On CPU, forwards with one thread each beat one
+        # forward with many, and one more than there are cores computes where another waits for
+        # Python's lock.
         on_cpu = task.like.device.type == "cpu"
-        self._max_running = torch.get_num_threads() if on_cpu else 1
+        self._max_running = torch.get_num_threads() + 1 if on_cpu else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
         self._completed: dict[ObservedLayer, Pooled] = {}
         self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
@@ -231,10 +232,10 @@ class _LayerwisePass:
 
     def _state(self, layer: ObservedLayer) -> Tensor:
         """Return the state of this process's batches at a layer, in their order, padded."""
-        threads = self._waiting_at(layer)
+        threads, like = self._waiting_at(layer), self._task.like
+        padding = max(0, self._empty_state.shape[1] - layer.num_features)
         if not threads:
-            return self._empty_state
-        like = self._task.like
+            return like.new_zeros(self._num_rows, layer.num_features + padding)
         moments = [thread.waiting_with.moments for thread in threads]
         counts = like.new_tensor([[x.num_values] for x in moments])
         means = torch.stack([x.mean.to(like) for x in moments])
@@ -244,7 +245,7 @@ class _LayerwisePass:
         if not state.isfinite().all():
             self._refuse_nonfinite(layer, threads)
             return self._state(layer)
-        return F.pad(state, (0, max(0, self._empty_state.shape[1] - layer.num_features)))
+        return F.pad(state, (0, padding))
 
     def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""

@@ -8,6 +8,7 @@ SyncBatchNorm on CPU and batches of one value per channel included.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -134,7 +135,7 @@ class ObservedLayer:
         self, input: Tensor, valid: Tensor | None, reference: Tensor
     ) -> LayerMoments:
         """Return the moments of an input from those of its samples."""
-        counts: Number = input[:1, 0].numel()
+        counts: Number = math.prod(input.shape[2:])
         if valid is None:
             means, m2s = moments_of_samples(input)
         else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bnstats.reduction import (
     FEWEST_FAST,
     accumulator,
-    cancels,
+    cancelling_channels,
     short_rows,
     squares_of_rows,
     wide_dtype,
@@ -39,8 +39,8 @@ def moments_of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
     squares = _per_sample(squares_of_rows(rows))
     mean = total / count
     m2 = torch.addcmul(squares, total, mean, value=-1).clamp_(min=0)
-    cancelling = cancels(squares.sum(0), m2.sum(0))
-    if cancelling.any().item():
+    cancelling = cancelling_channels(squares.sum(0), m2.sum(0))
+    if cancelling is not None:
         channels = cancelling.nonzero().squeeze(1)
         exact_mean, exact_m2 = _exactly(x.index_select(1, channels))
         mean.index_copy_(1, channels, exact_mean)

@@ -61,8 +61,8 @@ def state_of_units(mean: Tensor, m2: Tensor, count: Number, reference: Tensor) -
         return torch.stack([num_units.expand_as(reference), reference, *sums])
     q = (m2 / max(count, 1)).addcmul_(u, u)
     num_units = torch.full_like(reference, len(mean) if count else 0)
-    sums = [num_units, *(x.sum(0) for x in (u, q, u * u, u * q, q * q))]
-    return torch.cat([torch.stack([num_units, reference]), torch.stack(sums).mul_(count**2)])
+    head = torch.stack([num_units, reference, num_units * count**2])
+    return torch.cat([head, torch.stack([u, q, u * u, u * q, q * q]).sum(1).mul_(count**2)])
 
 
 def merged_states(states: Sequence[Tensor]) -> Tensor:
