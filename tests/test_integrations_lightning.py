@@ -1,7 +1,9 @@
 """Lightning's trainer recalibrates in time: before it validates, before it writes checkpoints."""
 
 import copy
+import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -115,6 +117,35 @@ def test_so_does_one_in_the_middle_of_an_epoch_which_goes_on_afterwards(tmp_path
         assert_recalibrated(running, with_state({**model.state_dict(), **weights}))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_so_does_one_that_comes_by_time(tmp_path, late):
+    """Also where its time comes after the callback's turn, in what the module does last."""
+    try:
+        lightning.Trainer(
+            val_check_interval=timedelta(seconds=1), accelerator="cpu", logger=False,
+            enable_checkpointing=False,
+        )  # fmt: skip
+    except lightning.utilities.exceptions.MisconfigurationException:
+        pytest.skip("needs Lightning 2.6, which validates by time")
+    model = trainers.lightning_module(validation=True)
+    if late:
+        model.on_train_batch_end = lambda *_: time.sleep(0.6)
+    fit(
+        tmp_path, RecalibrateBatchNorm(**WHOLE), model=model, max_epochs=1,
+        val_check_interval=timedelta(seconds=0.5 if late else 0),
+    )  # fmt: skip
+    assert len(model.seen) == 6
+    for running, weights in model.seen:
+        assert_recalibrated(running, with_state({**model.state_dict(), **weights}))
+
+
+def test_a_validation_by_itself_changes_nothing(tmp_path):
+    trainer, model = fit(tmp_path, RecalibrateBatchNorm(), model=trainers.lightning_module(True))
+    model.net[1].running_mean.fill_(7)
+    trainer.validate(model, trainers.loader(10), verbose=False)
+    torch.testing.assert_close(model.seen[-1][0]["net.1.running_mean"], torch.full((6,), 7.0))
+
+
 @pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_checkpoints_are_written_with_them_wherever_the_callback_stands(
@@ -198,9 +229,9 @@ def test_an_average_that_no_callback_keeps_can_be_named(tmp_path):
 
 def test_it_runs_every_so_many_epochs_and_at_the_end(tmp_path):
     class Counting(RecalibrateBatchNorm):
-        def _recalibrate(self, *args, state, **kwargs):
+        def _recalibrate(self, model, loader, state, *args):
             before = self._state
-            super()._recalibrate(*args, state=state, **kwargs)
+            super()._recalibrate(model, loader, state, *args)
             if self._state != before:
                 done.append(state[0] // 6)
 
@@ -260,12 +291,20 @@ def test_mixed_precision_is_that_of_the_training(tmp_path):
     assert seen == {torch.bfloat16}
 
 
-def test_frozen_layers_stay_frozen_in_the_averages_as_well(tmp_path):
+@pytest.mark.parametrize("interval", [1.0, 0.75])
+def test_frozen_layers_stay_frozen_in_the_averages_as_well(tmp_path, interval):
+    """Also where a validation has put all layers into evaluation mode before."""
     model = trainers.lightning_module(validation=True)
     model.net[1].running_mean.fill_(7)
     model.on_train_epoch_start = lambda: model.net[1].eval()
     callback = RecalibrateBatchNorm()
-    fit(tmp_path, callback, WeightAveraging(), model=model)
+    at_validation = []
+    model.on_validation_epoch_start = lambda: at_validation.append(callback.result)
+    fit(
+        tmp_path, callback, WeightAveraging(), model=model, val_check_interval=interval,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    assert all(result.after.frozen == ("net.1",) for result in at_validation)
     assert callback.result.after.frozen == ("net.1",)
     assert [*callback.result.after] == ["net.5"]
     torch.testing.assert_close(model.net[1].running_mean, torch.full((6,), 7.0))

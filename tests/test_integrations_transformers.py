@@ -101,10 +101,10 @@ def test_the_best_model_that_is_loaded_at_the_end_has_them(tmp_path):
 
 def test_it_runs_every_so_many_epochs_and_at_the_end(tmp_path):
     class Counting(RecalibrateBatchNorm):
-        def _recalibrate(self, *args, state, **kwargs):
+        def _recalibrate(self, model, loader, state, *args):
             if self._state != (state,):
                 done.append(state / 6)
-            super()._recalibrate(*args, state=state, **kwargs)
+            super()._recalibrate(model, loader, state, *args)
 
     for every, epochs in ((1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (None, [5])):
         done = []

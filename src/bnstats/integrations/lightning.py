@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 try:
@@ -19,19 +17,19 @@ except ImportError:  # the same under the name that it is published under as wel
             "bnstats.integrations.lightning needs Lightning: pip install lightning"
         ) from error
 
-from bnstats.integrations.recalibrator import Batches, Recalibrator
-from bnstats.traversal import is_average
+from bnstats.integrations.recalibrator import Recalibrator
 
 
 class RecalibrateBatchNorm(Recalibrator, Callback):
     """Recalibrates batch norm from the trainer's own training data, in every process.
 
     At the end of an epoch, before its validation and before its checkpoint is written, and before
-    a validation in the middle of one (``val_check_interval``). Averages of weights that other
-    callbacks keep (WeightAveraging, EMAWeightAveraging) are recalibrated too, each with its own
-    weights; StochasticWeightAveraging's is, in the epoch that it adds for batch norm. Batches take
-    the way of the training's: the datamodule's hooks, the strategy's device, the precision. Random
-    numbers are drawn as if nothing had been read, so that the training goes on as without.
+    a validation in the middle of one (``val_check_interval``, of batches or of time). Averages of
+    weights that other callbacks keep (WeightAveraging, EMAWeightAveraging) are recalibrated too,
+    each with its own weights; StochasticWeightAveraging's is, in the epoch that it adds for batch
+    norm. Batches take the way of the training's: the datamodule's hooks, the strategy's device, the
+    precision. Random numbers are drawn as if nothing had been read, so that the training goes on as
+    without.
 
     A checkpoint in the middle of an epoch (``every_n_train_steps``) has the running averages of
     then.
@@ -62,50 +60,35 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the place behind whoever averages weights, and before whoever writes them."""
-        last = trainer.checkpoint_callbacks
-        others = [x for x in trainer.callbacks if x is not self and x not in last]
-        trainer.callbacks = [*others, self, *last]
+        trainer.callbacks = self._before(trainer.checkpoint_callbacks, trainer.callbacks)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what cannot be read or run, now rather than after an epoch."""
-        self._begin(pl_module, without=LightningModule.forward)
-        self._batches(trainer, pl_module)
+        self._begin(pl_module, trainer.train_dataloader, without=LightningModule.forward)
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Recalibrate before a validation, which comes next."""
-        whole = trainer.check_val_every_n_epoch is not None
-        batches = (batch_idx if whole else trainer.fit_loop.total_batch_idx) + 1
-        every = trainer.val_check_batch if trainer.enable_validation else None
-        if trainer.is_last_batch or (every is not None and batches % every == 0):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Recalibrate after an epoch's last batch: a checkpoint may be written right after it."""
+        self._remember_modes(pl_module)
+        if trainer.is_last_batch:
             self.on_train_epoch_end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Recalibrate before a validation of the training, whatever made Lightning begin it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            with self._modes_of_training(pl_module):
+                self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Recalibrate before a checkpoint, unless that was done with these weights."""
-        epochs = trainer.current_epoch + 1
-        planned = epochs == trainer.max_epochs or trainer.global_step == trainer.max_steps
-        if self._is_due(epochs, ends=planned or trainer.should_stop):
-            self._run(trainer, pl_module, epochs)
+        epochs, steps = trainer.current_epoch + 1, trainer.global_step
+        ends = trainer.should_stop or epochs == trainer.max_epochs or steps == trainer.max_steps
+        if self._is_due(epochs, ends=ends):
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Recalibrate after an end that was not planned, unless that was done."""
-        self._run(trainer, pl_module, trainer.current_epoch)
-
-    def _run(self, trainer: Any, pl_module: Any, epochs: int) -> None:
-        loader = self._batches(trainer, pl_module)
-        kept = (value for callback in trainer.callbacks for value in vars(callback).values())
-        state, averages = (trainer.global_step, epochs), filter(is_average, kept)
-        with trainer.precision_plugin.forward_context():
-            self._recalibrate(trainer.model, loader, state=state, averages=averages)
-
-    def _batches(self, trainer: Any, pl_module: Any) -> Iterable[Any]:
-        """Return what the training reads, each batch on the way that the training sends it."""
-
-        def prepare(batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = pl_module._on_before_batch_transfer(batch)
-            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-        limit = trainer.num_training_batches if self._loader is None else math.inf
-        return Batches(self._one_loader(trainer.train_dataloader), prepare, limit)
+        """Recalibrate, unless that was done with these weights; an end may come unplanned."""
+        plugin, to_device = trainer.precision_plugin, trainer.strategy.batch_to_device
+        steps = (plugin.convert_input, pl_module._on_before_batch_transfer, to_device)
+        loader = self._batches(trainer.train_dataloader, steps, trainer.num_training_batches)
+        state = (trainer.global_step, trainer.fit_loop.epoch_progress.current.ready)
+        self._recalibrate(trainer.model, loader, state, trainer.callbacks, plugin.forward_context)

@@ -6,9 +6,10 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import reduce
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from torch.optim.swa_utils import AveragedModel
 from bnstats.errors import InvalidTypeError, InvalidValueError, nearest
 from bnstats.private import apart_from_other_readers
 from bnstats.recomputation import Recalibration, recompute_population_stats
-from bnstats.traversal import Include
+from bnstats.traversal import Include, is_average
 
 DEFAULTS = {"max_batches": 200, "tolerance": 0.01}
 """At most as many batches as fvcore and detectron2 take, and fewer where fewer are enough."""
+
+Step: TypeAlias = Callable[[Any], Any]
+"""What a trainer does to a batch."""
 
 
 class Recalibrator:
@@ -63,33 +67,70 @@ class Recalibrator:
         self._averaged_models = tuple(averaged_models)
         self._options = {**DEFAULTS, **options}
         self._state: Hashable = None
+        self._modes: list[tuple[nn.Module, bool]] = []
 
-    def _begin(self, model: nn.Module, *, without: Callable[..., Any] = nn.Module.forward) -> None:
-        """Forget an earlier training, and refuse a model that cannot be called.
+    def _begin(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        without: Callable[..., Any] = nn.Module.forward,
+    ) -> None:
+        """Forget an earlier training, and refuse what cannot be called or read.
 
         Args:
             model: what will be trained.
+            loader: the trainer's.
             without: the forward of a class that defines none.
         """
-        self._state = None
+        self._state, self._modes = None, []
         if self._options.get("forward") is None and type(model).forward is without:
             raise InvalidTypeError(
                 f"RecalibrateBatchNorm calls the module on a batch, and {type(model).__name__} "
                 "has no forward: pass forward=lambda module, batch: module.net(batch[0]), for one"
             )
+        self._batches(loader)
 
-    def _one_loader(self, of_trainer: Any) -> Iterable[Any]:
-        """Return the loader that was passed, or else the trainer's only one."""
+    def _batches(
+        self, of_trainer: Any, steps: Iterable[Step] = (), limit: float = math.inf
+    ) -> Batches:
+        """Return the batches of the loader that was passed, or else of the trainer's only one.
+
+        Args:
+            of_trainer: the trainer's loader.
+            steps: what the trainer does to each batch before the model takes it.
+            limit: how many batches the trainer uses of its own loader, infinity for all.
+        """
         if self._loader is not None:
-            return self._loader
+            return Batches(self._loader, steps)
         if isinstance(of_trainer, (Mapping, list, tuple)):
             raise InvalidTypeError(
                 f"RecalibrateBatchNorm: the trainer has a {type(of_trainer).__name__} of "
                 f"{len(of_trainer)} training loaders: pass loader=, and forward= where the model "
                 "does not take its batches"
             )
-        loader: Iterable[Any] = of_trainer
-        return loader
+        return Batches(of_trainer, steps, limit)
+
+    def _before(self, later: Iterable[Any], callbacks: Iterable[Any]) -> list[Any]:
+        """Return the callbacks in their order, but this one behind all except the later ones."""
+        later = [*later]
+        return sorted(callbacks, key=lambda x: 2 if x in later else int(x is self))
+
+    def _remember_modes(self, model: nn.Module) -> None:
+        """Note which modules train: one in evaluation mode meanwhile is frozen."""
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    @contextmanager
+    def _modes_of_training(self, model: nn.Module) -> Iterator[None]:
+        """Put the modules back to the modes that they train in, while a trainer validates."""
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            for module, mode in self._modes:
+                module.training = mode
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def _is_due(self, epochs: int, *, ends: bool) -> bool:
         """Whether to recalibrate after so many epochs; always where the training ends."""
@@ -99,9 +140,9 @@ class Recalibrator:
         self,
         model: nn.Module,
         loader: Iterable[Any],
-        *,
         state: Hashable,
-        averages: Iterable[nn.Module] = (),
+        callbacks: Iterable[Any] = (),
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Recalibrate the model and its averages, unless that was done in this state.
 
@@ -111,15 +152,17 @@ class Recalibrator:
             model: what is being trained.
             loader: the trainer's.
             state: identifies the state of the weights.
-            averages: of its weights, beside those that the user named.
+            callbacks: the trainer's, which may keep averages beside those that the user named.
+            context: makes what a forward runs under, autocast for one.
         """
-        averages = dict.fromkeys((*self._averaged_models, *averages))
+        kept = (value for callback in callbacks for value in vars(callback).values())
+        averages = dict.fromkeys((*self._averaged_models, *filter(is_average, kept)))
         # AveragedModel counts what went into it; it may change while the weights do not.
         counts = [int(x.n_averaged) for x in averages if isinstance(x, AveragedModel)]
         if self._state == (state := (state, *counts)):
             return
         options = dict(self._options)
-        with _random_numbers_kept(loader):
+        with _random_numbers_kept(loader), context():
             self.result = recompute_population_stats(model, loader, **options)
             options["include"] = _leaving(self.result.after.frozen, options.get("include"))
             for average in averages:
@@ -132,18 +175,19 @@ class Batches:
 
     Args:
         loader: the trainer's.
-        prepare: what the trainer does to a batch.
+        steps: what the trainer does to a batch, one after the other.
         limit: how many batches of it the trainer uses, infinity for all.
     """
 
     def __init__(
-        self, loader: Iterable[Any], prepare: Callable[[Any], Any], limit: float = math.inf
+        self, loader: Iterable[Any], steps: Iterable[Step] = (), limit: float = math.inf
     ) -> None:
-        self.loader, self._prepare, self._limit = loader, prepare, limit
+        self.loader, self._steps, self._limit = loader, (*steps,), limit
 
     def __iter__(self) -> Iterator[Any]:
         limit = None if math.isinf(self._limit) else int(self._limit)
-        return map(self._prepare, islice(apart_from_other_readers(self.loader), limit))
+        for batch in islice(apart_from_other_readers(self.loader), limit):
+            yield reduce(lambda value, step: step(value), self._steps, batch)
 
     def __len__(self) -> int:
         return int(min(len(self.loader), self._limit))  # type: ignore[arg-type]

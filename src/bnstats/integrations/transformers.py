@@ -47,13 +47,12 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse what cannot be run, now rather than after an epoch."""
-        self._begin(kwargs["model"])
+        self._begin(kwargs["model"], kwargs["train_dataloader"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Recalibrate before an evaluation or a checkpoint between epochs, and at the end."""
         used = control.should_evaluate or control.should_save
-        every = self.every_n_epochs
-        if control.should_training_stop or (used and every is not None):
+        if control.should_training_stop or (used and self.every_n_epochs is not None):
             self._run(state, **kwargs)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -64,5 +63,5 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
 
     def _run(self, state: Any, *, model: nn.Module, train_dataloader: Any, **_: Any) -> None:
         # Accelerate's keeps count of where the training is; what it wraps does not.
-        loader = self._one_loader(getattr(train_dataloader, "base_dataloader", train_dataloader))
-        self._recalibrate(model, loader, state=state.global_step)
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        self._recalibrate(model, self._batches(loader), state.global_step)
