@@ -91,6 +91,67 @@ def test_other_differentiation_than_reverse_mode_is_noticed():
     assert answers == [False]
 
 
+def test_functionalize_is_noticed_under_other_transforms():
+    answers = []
+
+    def function(x):
+        answers.append((private.functionalized(), private.functionalized_around(x) is not None))
+        return x.sum()
+
+    functionalize, grad, x = torch.func.functionalize, torch.func.grad, torch.ones(3)
+    function(x)
+    grad(function)(x)
+    functionalize(function)(x)
+    functionalize(grad(function))(x)
+    assert answers == [(False, False), (False, False), (True, False), (True, False)]
+
+
+def test_what_functionalize_does_not_follow_is_reached_below():
+    x, outside = torch.ones(3), torch.zeros(3)
+
+    def function(x):
+        below = private.functionalized_around(outside)
+        inner = below.unwrap_tensors(x)
+        with below.redispatch_to_next():
+            assert private.on_host(inner)
+            outside.add_(inner)
+        return below.wrap_tensors(inner * 2) + x
+
+    assert torch.equal(torch.func.functionalize(function)(x), 3 * x)
+    assert torch.equal(outside, x)
+
+
+class Tripled(torch.autograd.Function):
+    """The rules of an operator whose gradient is three times what it ought to be."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 6 * ctx.saved_tensors[0] * grad
+
+
+def test_an_operator_takes_its_backward_into_every_transform():
+    with torch.library._scoped_library("bnstats_test", "FRAGMENT") as library:
+        library.define("square(Tensor x) -> Tensor")
+        library.impl("square", lambda x: x * x, "CompositeExplicitAutograd")
+        square = torch.ops.bnstats_test.square
+        library.impl("square", private.differentiated(square, Tripled), "Autograd")
+        x = torch.tensor([2.0], requires_grad=True)
+        expected = torch.tensor([12.0])
+        square(x).sum().backward()
+        assert torch.equal(x.grad, expected)
+        grad, functionalize = torch.func.grad, torch.func.functionalize
+        for transformed in (
+            grad(lambda x: square(x).sum()),
+            functionalize(grad(lambda x: square(x).sum())),
+            grad(functionalize(lambda x: square(x).sum())),
+        ):
+            assert torch.equal(transformed(x.detach()), expected)
+
+
 def test_writes_are_counted():
     x = torch.zeros(3)
     before = private.version(x)

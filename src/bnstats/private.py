@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.data import DataLoader
 
@@ -67,6 +68,68 @@ def intercepted() -> bool:
         or torch._C._is_tracing()
         or (torch._C._len_torch_dispatch_stack() > 0 and _has_torchs_own_mode())
     )
+
+
+def functionalized() -> bool:
+    """Whether torch.func.functionalize is among the transforms, which have no public list.
+
+    It takes no operator that writes to its arguments, but for torch's own.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    functorch = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(layer.key() == functorch.TransformType.Functionalize for layer in stack)
+
+
+def functionalized_around(tensor: Tensor) -> Any | None:
+    """Return torch's interface to functionalize where it runs this and does not follow a tensor.
+
+    A tensor that is no argument of the function is none that it follows, and the function may not
+    write to it. The interface goes below: unwrap_tensors, redispatch_to_next, wrap_tensors.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return None
+    functorch = torch._C._functorch
+    top = functorch.peek_interpreter_stack()
+    if top.key() != functorch.TransformType.Functionalize:
+        return None
+    if functorch.maybe_get_level(tensor) == top.level():
+        return None
+    from torch._functorch.pyfunctorch import FunctionalizeInterpreter
+    from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
+
+    return FunctorchFunctionalizeAPI(FunctionalizeInterpreter(top))
+
+
+def differentiated(operator: Callable[..., Any], rules: type[Function]) -> Callable[..., Any]:
+    """Return a kernel for the dispatcher that gives an operator the backward of a function.
+
+    torch calls it once for each level of derivatives, torch.func's among them. The kernel of
+    torch.library.register_autograd is for a single one, and torch.func refuses it; an autograd
+    function by itself is refused by torch.func.functionalize.
+
+    Args:
+        operator: takes and returns tensors, or a tensor.
+        rules: its setup_context and backward are used.
+    """
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction
+
+    class OneLevel(_SingleLevelFunction):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
+
+        setup_context = staticmethod(rules.setup_context)
+        backward = staticmethod(rules.backward)
+
+    def kernel(*arguments: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return OneLevel.apply(*arguments)  # type: ignore[attr-defined]
+
+    return kernel
 
 
 def unseen() -> AbstractContextManager[object]:

@@ -13,6 +13,7 @@ from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
+from bnstats.layers.functionalized import forward_below
 from bnstats.layers.given_moments import (
     by_definition,
     corrected,
@@ -24,7 +25,14 @@ from bnstats.layers.replicas import Replicas, check_reverse_mode
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
 from bnstats.masks import Mask
-from bnstats.private import in_backward_pass, intercepted, on_host, only_reverse_mode, unseen
+from bnstats.private import (
+    functionalized_around,
+    in_backward_pass,
+    intercepted,
+    on_host,
+    only_reverse_mode,
+    unseen,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -150,6 +158,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if not self.training and mean is not None:
             self._check_input_dim(input)
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if mean is not None and (functionalize := functionalized_around(mean)) is not None:
+            return forward_below(functionalize, self, input, mask)
         batch = None
         masked = mask is not None or self._mask is not None or self._masks is not None
         if masked or self._replicas is not None:

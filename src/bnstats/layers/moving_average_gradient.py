@@ -13,7 +13,7 @@ from torch import Tensor
 from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers.given_moments import with_finite_padding
-from bnstats.layers.operators import opaque, register
+from bnstats.layers.operators import opaque, referred, register
 from bnstats.layers.tracking import HALF, replace_where
 from bnstats.private import intercepted, on_host, only_reverse_mode
 
@@ -47,8 +47,12 @@ def normalize_about_zero(*arguments: Any) -> Tensor:
             gradient_steps, warmup; and of a batch that is not all of x and no more, mask, number
             of values, replicas. They are listed here for an autograd function takes no names.
     """
-    function = _Transformable if intercepted() else _AboutZero
-    output: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    output: Tensor
+    if intercepted():
+        *others, replicas = arguments
+        output = _NORMALIZE(*others, None if replicas is None else replicas.reference)
+    else:
+        output = _AboutZero.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -110,30 +114,39 @@ class _AboutZero(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if needs_bias else None, *[None] * 10
 
 
-class _Transformable(_AboutZero):
-    """The same for torch.func, which wants these apart; that costs 40 microseconds elsewhere."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Tensor:
-        return _normalize(*arguments)
-
+class _AboutZeroInOperator(_AboutZero):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _keep(ctx, *inputs)
+        *others, reference = inputs
+        _keep(ctx, *others, None if reference is None else referred(reference))
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        """Take the members of a batch one by one: each has a window of its own."""
-        outputs = [
-            normalize_about_zero(
-                *(
-                    arg if dim is None else arg.select(dim, index)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
-            )
-            for index in range(info.batch_size)
-        ]
-        return torch.stack(outputs), 0
+
+def _normalize_operator(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    var: Tensor,
+    ratio: Tensor,
+    eps: float,
+    step: Tensor,
+    gradients: Tensor,
+    gradient_steps: Tensor,
+    warmup: int,
+    mask: Tensor | None,
+    count: Tensor | None,
+    replicas: Tensor | None,
+) -> Tensor:
+    kept = step, gradients, gradient_steps, warmup, mask, count, replicas
+    return _normalize(x, weight, bias, var, ratio, eps, *kept)
+
+
+# An autograd function is no operator: torch.func.functionalize has no rule for one.
+_NORMALIZE = register(
+    "moving_average_normalize",
+    _normalize_operator,
+    lambda x, *_: torch.empty_like(x),
+    backward=_AboutZeroInOperator,
+)
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either

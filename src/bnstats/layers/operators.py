@@ -10,10 +10,20 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from bnstats.private import in_backward_pass, intercepted, outside_modes
+from bnstats.private import (
+    differentiated,
+    functionalized,
+    in_backward_pass,
+    intercepted,
+    outside_modes,
+)
 
 _NUMBERS = itertools.count()
 _LIVING: WeakValueDictionary[int, Referable] = WeakValueDictionary()
+
+_LIBRARY = torch.library.Library("bnstats", "IMPL")  # which unregisters when it goes
+_WRITING: set[Callable[..., Any]] = set()
+"""Operators that write to their arguments."""
 
 _TAGS = [torch.Tag.pt2_compliant_tag]
 _NOT_REPLAYED = (
@@ -29,6 +39,7 @@ def register(
     shapes: Callable[..., Any],
     *mutates: str,
     replayed: bool = False,
+    backward: type[torch.autograd.Function] | None = None,
 ) -> Callable[..., Any]:
     """Make a function the operator ``torch.ops.bnstats.name``, and return that.
 
@@ -40,6 +51,7 @@ def register(
         shapes: returns empty tensors like those that the function returns.
         mutates: names of the arguments that the function writes to.
         replayed: a CUDA graph may hold it, for it is a matter of its tensors alone.
+        backward: whose setup_context and backward are the operator's.
     """
     if not hasattr(torch.ops.bnstats, name):  # else the package is imported once more
         full_name = f"bnstats::{name}"
@@ -49,18 +61,26 @@ def register(
         torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, shapes)
         torch.library.register_vmap(full_name, _one_by_one(name))
+        if backward is not None:
+            kernel = differentiated(getattr(torch.ops.bnstats, name), backward)
+            _LIBRARY.impl(name, kernel, "Autograd")
     operator: Callable[..., Any] = getattr(torch.ops.bnstats, name)
+    if mutates:
+        _WRITING.add(operator)
     return operator
 
 
 def opaque(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the operator where something sees each operator of torch's, else its function.
 
-    An export keeps torch's operators, so that it runs where bnstats is not.
+    An export keeps torch's operators, so that it runs where bnstats is not. So does functionalize
+    what writes to its arguments.
     """
     if torch.compiler.is_compiling():
         return function if is_exporting() else operator
-    return operator if intercepted() else function
+    if not intercepted():
+        return function
+    return function if operator in _WRITING and functionalized() else operator
 
 
 class Referable:
