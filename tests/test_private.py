@@ -91,6 +91,18 @@ def test_other_differentiation_than_reverse_mode_is_noticed():
     assert answers == [False]
 
 
+def test_tangents_are_noticed():
+    x = torch.ones(3)
+    assert not private.has_tangent(x, None)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x)
+        assert private.has_tangent(None, x, dual)
+        assert not private.has_tangent(x, None)
+    answers = []
+    torch.func.jvp(lambda y: answers.append(private.has_tangent(y)) or y, (x,), (x,))
+    assert answers == [True]
+
+
 def test_functionalize_is_noticed_under_other_transforms():
     answers = []
 

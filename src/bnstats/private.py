@@ -45,15 +45,15 @@ def only_reverse_mode() -> bool:
     return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether forward-mode differentiation follows a tensor.
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation follows one of these.
 
     Outside of it the public way to ask would cost every forward some microseconds.
     """
     return (
         not torch.compiler.is_compiling()
         and forward_ad._current_level >= 0
-        and forward_ad.unpack_dual(x).tangent is not None
+        and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
     )
 
 

@@ -177,7 +177,7 @@ class MovingAverageBatchNorm(MovingAverageState):
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
         wide = self.window_mean_squares.dtype
         check_dtype(input, wide)  # not left to torch: the state moves before it looks
-        if has_tangent(input):
+        if has_tangent(input, weight, bias):
             raise InvalidValueError(
                 f"{type(self).__name__}({self.num_features}): forward-mode differentiation: "
                 "expected reverse mode in training, where its gradient is no derivative of its "
