@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnstats import LayerStats, RunningStats
+from bnstats.cli.unpickling import first_line, read
 from bnstats.errors import InvalidValueError, LayerMismatchError, NonFiniteStatisticsError
 from bnstats.recomputation.files import replacing
 
@@ -41,7 +42,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: Path, key: str | None = None, prefix: str | None = None) -> Checkpoint:
-        """Read a checkpoint's tensors, and nothing that could run code.
+        """Read a checkpoint, and nothing that could run code.
 
         Args:
             path: of the file.
@@ -49,16 +50,9 @@ class Checkpoint:
             prefix: what stands before the model's names; None to find it out.
 
         Raises:
-            InvalidValueError: the file is damaged, or holds more than tensors or no state dict.
+            InvalidValueError: the file is damaged, or holds no state dict, or what could run code.
         """
-        with path.open("rb") as file:
-            try:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file raises nearly anything
-                raise InvalidValueError(
-                    f"{path}: expected a checkpoint that torch.load(weights_only=True) reads: "
-                    f"{_first_line(error)}"
-                ) from error
+        content = read(path)
         dicts = dict(_state_dicts(content))
         if key is None:
             key = next((known for known in (*_KEYS, "") if known in dicts), None)
@@ -179,7 +173,7 @@ class Checkpoint:
             try:
                 torch.save(self.content, file)
             except RuntimeError as error:  # what torch's writer raises where the disk is full
-                raise OSError(f"{path}: writing failed: {_first_line(error)}") from error
+                raise OSError(f"{path}: writing failed: {first_line(error)}") from error
             first()
 
     @property
@@ -220,7 +214,3 @@ def _first(names: Iterable[Any]) -> str:
     names = [*names]
     shown = ", ".join(map(repr, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

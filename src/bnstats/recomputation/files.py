@@ -54,27 +54,35 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     if target.exists() and not target.is_file():
-        with target.open("wb") as file:
+        with _naming(target, target), target.open("wb") as file:
             yield file
         return
     target = Path(os.path.realpath(target))
     # A unique name: several threads and processes may write to one path.
     part = target.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        with part.open("xb") as file:
-            yield file
-        if target.exists():
-            shutil.copymode(target, part)
-        part.replace(target)
-    except OSError as error:
-        if error.filename != str(part):
-            raise
-        # The message names the caller's file, not the temporary one.
-        reason = f"{error.strerror}, to write {target.name} into"
-        raise OSError(error.errno, reason, str(target.parent)) from None
+        with _naming(target, part):
+            with part.open("xb") as file:
+                yield file
+            if target.exists():
+                shutil.copymode(target, part)
+            part.replace(target)
     finally:
         with suppress(OSError):  # it was moved, or never created
             part.unlink()
+
+
+@contextmanager
+def _naming(target: Path, written: Path) -> Iterator[None]:
+    """Let errors of writing name the caller's file, not a temporary one, and not none at all."""
+    try:
+        yield
+    except OSError as error:
+        # A write to a file that is open, to a full disk for one, has an error without a name.
+        if error.errno is None or error.filename not in (None, str(written)):
+            raise
+        reason = f"{error.strerror}, to write {target.name} into"
+        raise OSError(error.errno, reason, str(target.parent)) from error
 
 
 def load(
