@@ -122,14 +122,16 @@ def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray[Any, Any]:
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ValueError(f"{name} is compressed")
-    file = io.BytesIO(archive.read(info))
+    whole = archive.read(info)
+    file = io.BytesIO(whole)
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"{name} is an array of version {version}")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     if dtype.kind not in "iufU" or fortran_order:
         raise ValueError(f"{name} is an array of {dtype}")
-    content = file.getbuffer()[file.tell() :]
+    # A view of the bytes: a BytesIO must not go, in a failure's frames, before views of itself.
+    content = memoryview(whole)[file.tell() :]
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content):
         raise ValueError(f"{name} has {len(content)} bytes for {shape} of {dtype}")
     return np.frombuffer(content, dtype).reshape(shape)
