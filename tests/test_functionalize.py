@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.func import functional_call, functionalize, grad, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
 
 from cases import PLAIN, each_family
 
@@ -117,23 +116,6 @@ def test_a_functionalized_ensemble_is_a_loop_over_its_members(family, outer):
             own = {k: v[i] for k, v in gradients.items()}
             close((own, grad_x[i], output[i]), eager_step(twin, x[i], None))
             close({k: v[i] for k, v in buffers.items()}, dict(twin.named_buffers()))
-
-
-@each_family
-def test_a_checkpoint_in_a_functionalized_forward_moves_the_statistics_once(family):
-    layer = of(family)
-    twin, buffers = copy.deepcopy(layer), dict(layer.named_buffers())
-
-    def forward(weights, buffers, x):
-        def run(x):
-            return functional_call(layer, (weights, buffers), (x,))
-
-        return checkpoint(run, x, use_reentrant=False)
-
-    for x in batches():
-        functionalize(forward)(state_of(layer)[0], buffers, x)
-        twin(x)
-        close(layer.state_dict(), twin.state_dict())
 
 
 @each_family
