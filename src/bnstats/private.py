@@ -164,9 +164,9 @@ _NOTHING = nullcontext()
 def on_host(tensor: Tensor) -> bool:
     """Whether Python may read a tensor's values at no cost: on CPU, no mode or transform active."""
     return (
-        type(tensor) is Tensor
+        not torch.compiler.is_compiling()  # first: in a backward torch 2.6 compiles no is_cpu
+        and type(tensor) is Tensor
         and tensor.is_cpu
-        and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
