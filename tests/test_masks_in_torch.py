@@ -160,6 +160,7 @@ def test_a_trace_by_make_fx_normalizes_what_it_is_given_and_moves_the_state(fami
 
 # torch 2.6's own: it warns of a constant that it lifted itself
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node with no underlying")
+@pytest.mark.filterwarnings("ignore:Node .*_number_tensor target .* does not reference")
 @each_family
 def test_an_exported_layer_takes_a_mask(family):
     layer, x = make(family), torch.randn(4, 3, 7)
