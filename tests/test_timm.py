@@ -120,6 +120,57 @@ def test_evaluation_training_and_recalibration_are_those_of_timms_layers(name, t
     assert model.state_dict().keys() == state.keys()
 
 
+# Those of MODELS that take little time in numbers.
+QUICK = [
+    "coatnet_pico_rw_224",
+    "cs3darknet_focus_s",
+    "efficientformerv2_s0",
+    "efficientnet_b0",
+    "fastvit_t8",
+    "ghostnet_050",
+    "lcnetv2_small",
+    "mobilenetv3_small_050",
+    "mobilevit_xxs",
+    "regnetx_002",
+    "repghostnet_050",
+    "resnetv2_18",
+]
+SIZED = {"coatnet_pico_rw_224", "efficientformerv2_s0"}  # built for images of one size
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_numbers_of_each_architecture_are_those_of_timms_layers(name):
+    """In float64, which leaves rounding no room to grow over a hundred layers."""
+    torch.manual_seed(0)
+    options = {"img_size": 64} if name in SIZED else {}
+    model = timm.create_model(name, num_classes=5, **options).double()
+    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    model.train()(x)  # running statistics of their own
+    twin, before, state = copy.deepcopy(model), classes(model), cases.state(model)
+    bnstats.convert_batchnorm(model, "ema")
+    assert torch.equal(model.eval()(x), twin.eval()(x))
+    losses = []
+    for each in (model, twin):
+        torch.manual_seed(1)  # of stochastic depth
+        losses.append(step(each, x))
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert_near(ours.grad, theirs.grad)
+    for each in (model, twin):
+        bnstats.recompute_population_stats(each, [x, x.flip(0) * 2 + 1])
+    expected = model.eval()(x)
+    assert_near(expected, twin.eval()(x))
+    assert torch.equal(bnstats.revert_batchnorm(model)(x), expected)
+    assert classes(model) == before
+    assert model.state_dict().keys() == state.keys()
+
+
+def assert_near(ours, theirs):
+    """Equal up to rounding of the largest: what should be zero is the rest of large numbers."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7 * theirs.abs().max().item() + 1e-12)
+
+
 def test_moving_averages_train_behind_centered_convolutions_and_come_back():
     model, x = timm.create_model("test_efficientnet"), torch.randn(2, 3, 64, 64)
     before = classes(model)
