@@ -43,6 +43,7 @@ def measure(run: Run) -> list[Row]:
         promised = device().type == "cpu"
         measured += _alone(run, shape, mean=10.0, at_most=_ours(FAR_MEAN) if promised else {})
     for shape in TRAINING:
+        shape = run.shape(shape)
         measured += compare_layers(
             "evaluation forward",
             shape,
@@ -57,7 +58,7 @@ def measure(run: Run) -> list[Row]:
 
 
 def _training_step(run: Run) -> list[Row]:
-    size = (16, 3, 64, 64)
+    size = (2, 3, 32, 32) if run.quick else (16, 3, 64, 64)
     steps = {
         name: training_step(torchvision_model("resnet18", norm_layer=layer), size)
         for name, layer in LAYERS.items()
@@ -67,6 +68,7 @@ def _training_step(run: Run) -> list[Row]:
 
 
 def _alone(run: Run, shape: Shape, *, mean: float = 0.0, at_most: dict[str, float]) -> list[Row]:
+    shape = run.shape(shape)
     return compare_layers(
         "forward and backward" + (f", mean {mean:g} deviations" if mean else ""),
         shape,

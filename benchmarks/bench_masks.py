@@ -20,7 +20,7 @@ import bnstats
 from benchmarks import command
 from benchmarks.machine import device
 from benchmarks.rows import Row, Run
-from benchmarks.workloads import TRAINING_PASSES, Work, compare_layers, forward_backward
+from benchmarks.workloads import TRAINING_PASSES, Shape, Work, compare_layers, forward_backward
 from bnstats.cli.digits import Digits
 
 SHAPE = (32, 256, 200)
@@ -57,13 +57,14 @@ def measure(run: Run) -> list[Row]:
 
 
 def _timed(run: Run) -> list[Row]:
-    mask = torch.rand(SHAPE[0], SHAPE[2], device=device()) < 0.5
+    shape = run.shape(SHAPE)
+    mask = torch.rand(shape[0], shape[2], device=device()) < 0.5
     return compare_layers(
         "forward and backward",
-        SHAPE,
+        shape,
         {
-            TORCH: forward_backward(nn.BatchNorm1d(SHAPE[1]), SHAPE),
-            MASKED: _masked(bnstats.EMABatchNorm1d(SHAPE[1]), mask),
+            TORCH: forward_backward(nn.BatchNorm1d(shape[1]), shape),
+            MASKED: _masked(bnstats.EMABatchNorm1d(shape[1]), shape, mask),
         },
         TORCH,
         passes=TRAINING_PASSES,
@@ -73,9 +74,9 @@ def _timed(run: Run) -> list[Row]:
     )
 
 
-def _masked(layer: nn.Module, mask: Tensor) -> Work:
+def _masked(layer: nn.Module, shape: Shape, mask: Tensor) -> Work:
     layer.to(device())
-    x = torch.randn(SHAPE, device=device()).requires_grad_()
+    x = torch.randn(shape, device=device()).requires_grad_()
     grad, inputs = torch.randn_like(x), (x, *layer.parameters())
     return lambda: torch.autograd.grad(layer(x, mask=mask), inputs, grad)
 

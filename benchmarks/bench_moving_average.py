@@ -117,6 +117,7 @@ def _compare(
     change: Callable[[nn.Module], nn.Module] = lambda layer: layer,
 ) -> list[Row]:
     """Measure the second of two layers against the first."""
+    shape = run.shape(shape)
     return compare_layers(
         work,
         shape,

@@ -26,7 +26,7 @@ Context = Callable[[nn.Module], AbstractContextManager[object]]
 
 def measure(run: Run) -> list[Row]:
     """Measure a forward of ResNet-50 in either mode, with statistics that it would have."""
-    size = (2, 3, 64, 64) if run.quick else (8, 3, 224, 224)
+    size = (2, 3, 32, 32) if run.quick else (8, 3, 224, 224)
     model = torchvision_model("resnet50")
     data = batches(2, *size)
     # As it is initialized, its running statistics are far from anything that a model has.

@@ -37,6 +37,7 @@ def measure(run: Run) -> list[Row]:
 
 
 def _timed(run: Run, shape: Shape) -> list[Row]:
+    shape = run.shape(shape)
     layers = {
         EMA: bnstats.EMABatchNorm2d(shape[1]),
         RENORM: bnstats.RenormBatchNorm2d(shape[1], warmup=0, ramp=0),

@@ -44,6 +44,18 @@ def _import_torchvision():
 _LIBRARY = _import_torchvision()
 
 
+# Files that take longest, the longest first: else one process ends long before the other.
+SLOWEST = (
+    *("test_convert_models", "test_benchmarks", "test_distributed", "test_convert_after"),
+    *("test_timm", "test_layers_devices", "test_holding", "test_integrations_transformers"),
+    *("test_selective_checkpointing", "test_invariants", "test_typing", "test_counters"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (*SLOWEST, item.path.stem).index(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
