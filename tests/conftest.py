@@ -52,10 +52,6 @@ SLOWEST = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: (*SLOWEST, item.path.stem).index(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -92,6 +88,7 @@ def cuda(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (*SLOWEST, item.path.stem).index(item.path.stem))
     # Before any test: autograd makes its queues for all devices at the first backward.
     names = {"device", "substitute", "substitute_module"}
     if any(names & {*getattr(item, "fixturenames", ())} for item in items):

@@ -21,6 +21,7 @@ from bnstats.errors import (
     NonFiniteStatisticsError,
     RepeatedLayerError,
 )
+from bnstats.moments import Moments
 from bnstats.recomputation.batches import BatchCounts, Reader
 from bnstats.recomputation.collector import FIRST_CHECK, within_tolerance
 from bnstats.recomputation.estimators import Estimate, Pooled, pooled_state
@@ -99,7 +100,7 @@ class _LayerwisePass:
         on_cpu = task.like.device.type == "cpu"
         self._max_running = torch.get_num_threads() + 1 if on_cpu else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
-        self._completed: dict[ObservedLayer, Pooled] = {}
+        self._completed: dict[ObservedLayer, Tensor] = {}  # what estimators give as their state
         self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
         self._passed: set[tuple[ObservedLayer, int]] = set()
         self._waits_since: dict[ObservedLayer, int] = {}
@@ -109,7 +110,7 @@ class _LayerwisePass:
         self._lock = threading.Lock()
         # Processes exchange states of one shape, the widest layer's.
         width = 1 if task.peers.alone else max(layer.num_features for layer in task.layers)
-        self._num_rows = len(self._new_estimator(task.layers[:1]).state())
+        self._num_rows = len(self._estimator(task.layers[:1], []).state())
         self._empty_state = task.like.new_zeros(self._num_rows, width)
 
     def run(self, batches: Iterable[Any]) -> tuple[BatchCounts, Estimate]:
@@ -130,10 +131,9 @@ class _LayerwisePass:
         layers = self._task.layers
         # What several processes have merged is on CPU.
         device = self._task.like.device if self._task.peers.alone else torch.device("cpu")
-        estimators = [self._completed.get(x) or self._new_estimator([x], device) for x in layers]
-        together = self._new_estimator(layers, device)
-        together.merge_state(torch.cat([x.state() for x in estimators], dim=1))
-        estimate = together.estimate(fraction)
+        zeros = self._empty_state.new_zeros(self._num_rows, 1, device=device)
+        states = [self._completed.get(x, zeros.expand(-1, x.num_features)) for x in layers]
+        estimate = self._estimator(layers, [torch.cat(states, dim=1)]).estimate(fraction)
         if not self._combined:
             return estimate
         channels = [layer.num_features for layer in layers]
@@ -249,19 +249,21 @@ class _LayerwisePass:
 
     def _complete(self, layer: ObservedLayer, states: Tensor) -> None:
         """Complete a layer, and let the batches that wait there go on."""
-        estimator = self._new_estimator([layer], states.device)
-        for state in states:
-            estimator.merge_state(state[:, : layer.num_features])
-        count = int(states[:, 0, 0].sum())
-        if count:
-            check_enough_values(layer, count, self._task.correction_of(layer))
+        of_processes = states[:, :, : layer.num_features].unbind()
+        state = of_processes[0]
+        if len(of_processes) > 1:
+            state = self._estimator([layer], of_processes).state()
+        if count := int(state[0, 0]):
+            correction = self._task.correction_of(layer)
+            check_enough_values(layer, count, correction)
             if self._task.prior is None:
-                layer.normalize_with(*estimator.mean_and_var())
+                total = Moments(*state[:3])
+                layer.normalize_with(total.mean, total.var(correction))
             else:
-                combined = self._task.prior.combine(layer, estimator.estimate())
-                self._combined[layer] = combined
+                own = self._estimator([layer], [state]).estimate()
+                self._combined[layer] = combined = self._task.prior.combine(layer, own)
                 layer.normalize_with(combined.mean, combined.var)
-            self._completed[layer] = estimator
+            self._completed[layer] = state
         self._threads.release(self._count_out(self._waiting_at(layer)))
         self._waits_since.pop(layer, None)
 
@@ -285,11 +287,14 @@ class _LayerwisePass:
     def _waiting_at(self, layer: ObservedLayer) -> list[ForwardThread]:
         return [thread for thread in self._threads.waiting if thread.waiting_with.layer is layer]
 
-    def _new_estimator(
-        self, layers: Sequence[ObservedLayer], device: torch.device | None = None
-    ) -> Pooled:
-        like = self._task.like.new_zeros(sum(x.num_features for x in layers), device=device)
+    def _estimator(self, layers: Sequence[ObservedLayer], states: Sequence[Tensor]) -> Pooled:
+        """Return the estimator of these layers, end to end, with all that has these states."""
+        channels = sum(layer.num_features for layer in layers)
+        like = self._task.like.new_zeros(channels, device=states[0].device if states else None)
         corrections = [
             like.new_full((x.num_features,), self._task.correction_of(x)) for x in layers
         ]
-        return Pooled(torch.cat(corrections), like, samples=layers[0].reference is not None)
+        estimator = Pooled(torch.cat(corrections), like, samples=layers[0].reference is not None)
+        for state in states:
+            estimator.merge_state(state)
+        return estimator
