@@ -244,7 +244,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(here, capsys):
     arguments = ("job:model", "job:loader", "--checkpoint", "in.pt", "--output", "/dev/full")
     assert run("recompute", *arguments, "--overwrite") == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert sorted(os.listdir(here)) == ["in.pt", "job.py"]
+    assert sorted(p.name for p in here.iterdir() if p.is_file()) == ["in.pt", "job.py"]
 
 
 def test_statistics_that_a_half_checkpoint_cannot_hold_are_not_written(here, capsys):

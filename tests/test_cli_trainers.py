@@ -222,7 +222,7 @@ def test_so_does_one_that_fills_up_while_it_is_written(here, capsys, monkeypatch
         err = capsys.readouterr().err
         assert "No space left on device, to write out.pt into" in err
         assert err.count("\n") == 1
-    assert sorted(os.listdir(here)) == ["in.pt", "job.py"]
+        assert sorted(p.name for p in here.iterdir() if p.is_file()) == ["in.pt", "job.py"]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
