@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 import torch
@@ -102,24 +102,6 @@ def fold_(
     return True
 
 
-def pool(counts: Number, means: Tensor, m2s: Tensor) -> tuple[Number, Tensor, Tensor]:
-    """Return number, mean and sum of squared deviations of all values of several batches.
-
-    Args:
-        counts: each batch's number of values per channel, of shape (B, 1), or that of every one.
-        means: of shape (B, C).
-        m2s: of shape (B, C).
-    """
-    count: Number
-    if isinstance(counts, Tensor):
-        count = counts.sum(0)
-        mean = (counts * means).sum(0) / count.clamp(min=1)
-    else:
-        count = counts * len(means)
-        mean = means.sum(0) / max(len(means), 1)
-    return count, mean, m2s.sum(0).add_(((means - mean).square_() * counts).sum(0))
-
-
 def _add_quotient(x: Tensor, y: Tensor, divisor: Number) -> Tensor:
     """Return ``x + y / divisor`` in one operation."""
     if isinstance(divisor, Tensor):
@@ -127,14 +109,25 @@ def _add_quotient(x: Tensor, y: Tensor, divisor: Number) -> Tensor:
     return torch.add(x, y, alpha=1 / divisor)
 
 
-def merge_all(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@overload
+def merge_all(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def merge_all(count: int, mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]: ...
+def merge_all(count: int | Tensor, mean: Tensor, m2: Tensor) -> tuple[int | Tensor, Tensor, Tensor]:
     """Merge the moments of several, of shape (k,), (k, C) and (k, C), as :class:`Moments` does.
 
-    Chan's update for all at once: what is within each, and between their means.
+    Chan's update for all at once: what is within each, and between their means. The count may be
+    one number, that of every one.
     """
-    total, size = count.sum(), count.to(mean.dtype).unsqueeze(1)
-    merged = (size / total.clamp(min=1) * mean).sum(0)  # of no values the mean is 0
-    between = size * (mean - merged).square()
+    total: int | Tensor
+    size: Number
+    if isinstance(count, Tensor):
+        total, size = count.sum(), count.to(mean.dtype).unsqueeze(1)
+        merged = (size / total.clamp(min=1) * mean).sum(0)  # of no values the mean is 0
+    else:
+        total, size = count * len(mean), count
+        merged = mean.sum(0) / max(len(mean), 1)
+    between = (mean - merged).square() * size
     return total, merged, (m2 + between).sum(0)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bnstats.accumulators import exponential, per_batch
-from bnstats.moments import Moments, Number, Weights, fold, pool
+from bnstats.moments import Moments, Number, Weights, fold, merge_all
 from bnstats.recomputation.spread import STATE_ROWS, Spread, merged_states, state_of_units
 
 EMA_MOMENTUM = 0.1
@@ -148,8 +148,8 @@ def pooled_state(
         m2s: of shape (B, C).
         samples: the state of the spread between the samples of each batch, where it is taken.
     """
-    _, mean, m2 = pool(counts, means, m2s)
-    total = torch.stack([counts.sum(0).expand_as(mean), mean, m2])
+    count, mean, m2 = merge_all(counts.squeeze(1), means, m2s)
+    total = torch.stack([count.expand_as(mean), mean, m2])
     of_samples = [] if samples is None else [merged_states(samples)]
     return torch.cat([total, state_of_units(means, m2s, counts, mean), *of_samples])
 

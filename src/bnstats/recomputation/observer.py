@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.hooks import Hook
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
-from bnstats.moments import Moments, Number, pool
+from bnstats.moments import Moments, merge_all
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import merged_states, state_of_units
 from bnstats.reduction import mean_and_m2, wide_dtype
@@ -135,7 +135,7 @@ class ObservedLayer:
         self, input: Tensor, valid: Tensor | None, reference: Tensor
     ) -> LayerMoments:
         """Return the moments of an input from those of its samples."""
-        counts: Number = math.prod(input.shape[2:])
+        counts: int | Tensor = math.prod(input.shape[2:])
         if valid is None:
             means, m2s = moments_of_samples(input)
         else:
@@ -143,7 +143,8 @@ class ObservedLayer:
         if self.about_zero:
             m2s = m2s + counts * means.square()
             means = torch.zeros_like(means)
-        count, mean, m2 = pool(counts, means, m2s)
+        of_each = counts.squeeze(1) if isinstance(counts, Tensor) else counts
+        count, mean, m2 = merge_all(of_each, means, m2s)
         samples = state_of_units(means, m2s, counts, reference.to(means.device))
         return LayerMoments(int(count), mean, m2, samples)
 
