@@ -80,10 +80,11 @@ class ForwardThreads:
         """Divide torch's intra-op threads among so many, if these are fewer than may run.
 
         The thread that calls keeps one: a team of more, once it has computed, spins on cores
-        that the forwards need.
+        that the forwards need. Where one runs at a time, on a device, it keeps all.
         """
         self._num_sharing = max(1, min(num_threads, self._max_running))
-        torch.set_num_threads(1)
+        if self._max_running > 1:
+            torch.set_num_threads(1)
 
     def start(self, forward: Callable[[], Any]) -> None:
         """Start a forward, as soon as one less than ``max_running`` runs.
