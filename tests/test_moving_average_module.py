@@ -341,6 +341,15 @@ class TestCompile:
         for mine, plain in zip(layer.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, plain.grad)
 
+    def test_a_momentum_of_1_replaces_what_was_there_after_others_too(self):
+        torch.compiler.reset()
+        for momentum in (0.5, 0.1, 1.0):
+            layer = make(momentum=momentum)
+            if momentum == 1:
+                layer.running_var.fill_(torch.inf)
+            torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.ones(2, 3, 4, 5))
+        assert layer.running_var.tolist() == [1, 1, 1]
+
     def test_options_of_numpy_compile(self):
         torch.compiler.reset()
         layer = make(eps=np.float64(1e-3), momentum=np.float64(0.1), max_ratio=np.float64(2))

@@ -168,11 +168,12 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
     num_batches = state.num_batches
     size = options.size(math.inf if num_batches is None else num_batches)
     following = running_var + (var - running_var) / size
-    replaces = size == 1
-    if isinstance(replaces, Tensor):
-        following = torch.where(replaces, var, following)
+    if isinstance(size, Tensor):
+        following = torch.where(size == 1, var, following)
+    elif size == 1:
+        following = var
     new = State(  # (Not by _replace: torch 2.6 does not compile that.)
-        running_var=var if replaces is True else following,
+        running_var=following,
         num_batches=None if num_batches is None else num_batches + 1,
         mean_squares=ring,
         scales=torch.where(slot[:, None, None], torch.stack((var, ratio)), state.scales),
