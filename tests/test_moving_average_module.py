@@ -17,7 +17,6 @@ import bnstats
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from cases import PLAIN
 from moving_average import make, same, state, train
-from versions import fails_on_oldest
 
 PLAIN_KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 WINDOW_KEYS = [
@@ -327,7 +326,6 @@ class TestCompile:
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name], msg=name)
 
-    @fails_on_oldest("its compiler makes symbols of options where shapes are dynamic")
     def test_where_shapes_are_dynamic_it_is_the_eager_layer(self):
         torch.compiler.reset()
         layer = make()
@@ -340,6 +338,27 @@ class TestCompile:
         torch.testing.assert_close(layer.state_dict(), twin.state_dict())
         for mine, plain in zip(layer.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(mine.grad, plain.grad)
+
+    @pytest.mark.parametrize(("name", "values"), [
+        ("momentum", (0.5, 0.1, 0.0, 0.2)),
+        ("eps", (1e-5, 1e-3, 0.1)),
+        ("max_ratio", (1.2, 1.1, 3.0)),
+        ("warmup", (12, 3, 8)),
+    ])  # fmt: skip
+    def test_layers_of_different_options_compile(self, name, values):
+        # The compiler takes an option that differs for a number of the graph.
+        torch.compiler.reset()
+        for value in values:
+            layer = make(**{name: value})
+            train(layer, 30)
+            layer.zero_grad()
+            twin = copy.deepcopy(layer)
+            x = torch.randn(2, 3, 4, 5)
+            for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), twin):
+                run(x).pow(3).sum().backward()
+            torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+            for mine, plain in zip(layer.parameters(), twin.parameters(), strict=True):
+                torch.testing.assert_close(mine.grad, plain.grad)
 
     def test_a_momentum_of_1_replaces_what_was_there_after_others_too(self):
         torch.compiler.reset()

@@ -35,7 +35,9 @@ class Options(NamedTuple):
     max_ratio: float
     held: bool = False
 
-    @property
+    # Methods, not properties: torch 2.6 compiles a tuple's only where all of it is constant,
+    # and takes an option for a number of the graph once a second layer had another value.
+
     def moves(self) -> bool:
         """Whether a step may move anything."""
         return self.momentum != 0 and not self.held
@@ -44,7 +46,6 @@ class Options(NamedTuple):
         """Return 1 over the weight of the batch after so many others in running_var."""
         return num_batches + 1 if self.momentum is None else 1 / max(self.momentum, 1e-30)
 
-    @property
     def renorm_after(self) -> int:
         """The last step that does not renormalize."""
         return max(self.renorm_warmup, self.warmup)
@@ -164,7 +165,7 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
     running_var = state.running_var.to(chi.dtype)
     ratio = ((var + eps) / (running_var + eps)).sqrt_()
     ratio = ratio.clamp_(1 / options.max_ratio, options.max_ratio)
-    ratio = torch.where(step > options.renorm_after, ratio, 1)
+    ratio = torch.where(step > options.renorm_after(), ratio, 1)
     num_batches = state.num_batches
     size = options.size(math.inf if num_batches is None else num_batches)
     following = running_var + (var - running_var) / size
@@ -182,12 +183,12 @@ def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]
         held_scales=state.held_scales,
         held_steps=state.held_steps,
     )
-    return new, Scale(var, ratio, step if options.moves else -step)
+    return new, Scale(var, ratio, step if options.moves() else -step)
 
 
 @np.errstate(all="ignore")  # torch does not warn of what is not finite either
 def _take_step_on_host(state: State, chi: NDArray[Any], options: Options) -> Scale:
-    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.moves
+    ring, scales, moves = state.mean_squares.numpy(), state.scales.numpy(), options.moves()
     chi = chi.astype(ring.dtype, copy=False)
     if not math.isfinite(chi.sum()):
         return _itself(state, chi)
@@ -199,7 +200,7 @@ def _take_step_on_host(state: State, chi: NDArray[Any], options: Options) -> Sca
     # A mean takes twice as long as a sum.
     warm = ring_buffer.is_warm(step, length, options.warmup)
     var = ring.sum(0) / length if warm else chi.copy()
-    if step > options.renorm_after:
+    if step > options.renorm_after():
         ratio = var + options.eps
         ratio /= state.running_var.to(state.scales.dtype).numpy() + options.eps
         np.sqrt(ratio, out=ratio)
