@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -190,5 +191,22 @@ def test_a_forward_that_may_run_again_is_noticed():
     for reentrant in (True, False):
         answers = may_be_checkpointed(partial(checkpoint, use_reentrant=reentrant))
         assert answers == [True]
-    asked = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in torch 2.6
-    assert may_be_checkpointed(lambda function, x: function(x)) == [not asked]
+    assert may_be_checkpointed(lambda function, x: function(x)) == [False]
+
+
+def test_hooks_are_noticed_without_torchs_reader_and_stay():
+    # torch 2.6 has none.
+    x, packed = torch.ones(3, requires_grad=True), []
+    assert not private._has_saving_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: packed.append(y) or y, lambda y: y):
+        assert private._has_saving_hooks()
+        assert private._has_saving_hooks()
+        x.exp()
+    assert len(packed) == 1
+    assert not private._has_saving_hooks()
+    with torch.autograd.graph.disable_saved_tensors_hooks("disabled before"):
+        assert not private._has_saving_hooks()
+        with pytest.raises(RuntimeError, match="disabled before"), save_on_cpu():
+            pass
+    with save_on_cpu():
+        assert private._has_saving_hooks()

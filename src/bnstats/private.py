@@ -30,10 +30,24 @@ def may_be_checkpointed() -> bool:
     """Whether a forward may be one that activation checkpointing will run again.
 
     One kind runs it without gradients, the other with hooks for what autograd saves, which have
-    no public reader, and none at all in torch 2.6. Other things do so too.
+    no public reader. Other things do so too.
     """
+    if not torch.is_grad_enabled():
+        return True
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return not torch.is_grad_enabled() or top is None or top(True) is not None
+    return _has_saving_hooks() if top is None else top(True) is not None
+
+
+def _has_saving_hooks() -> bool:
+    """Whether there are hooks for what autograd saves, in torch 2.6, which has no reader.
+
+    It refuses to disable hooks that are there.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("asking for hooks"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def only_reverse_mode() -> bool:
