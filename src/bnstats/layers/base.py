@@ -14,12 +14,7 @@ from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.functionalized import forward_below
-from bnstats.layers.given_moments import (
-    by_definition,
-    corrected,
-    normalize,
-    scale_and_shift,
-)
+from bnstats.layers.given_moments import by_definition, corrected, normalize, scale_and_shift
 from bnstats.layers.mask_recall import MaskRecall, mask_of_forward
 from bnstats.layers.replicas import Replicas, check_reverse_mode
 from bnstats.layers.sync_converter import Unset
@@ -179,10 +174,13 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         if replicas is None:
             self._check_input_dim(input)
             return None if given is None else Batch(given.fit(input), where=given.where)
-        with replicas.failing_together(self.num_features, input.device):
+        try:
             self._check_input_dim(input)
             self._check_dtype(input)
             valid = None if given is None else given.fit(input)
+        except Exception:
+            replicas.tell_of_failure(self.num_features, input.device)
+            raise
         return Batch(valid, replicas, where if given is None else given.where)
 
     def _check_dtype(self, input: Tensor) -> None:
@@ -265,7 +263,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             mean, var = mean.detach(), var.detach()
             weight, bias = corrected(weight, bias, self._correction(mean, var))
             output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
-        elif batch.is_whole:
+        elif batch.is_whole():
             count = input.numel() // self.num_features
             mean, var = batch_norm_cpu.moments(input.detach(), dtype)
             correction = self._correction(mean, var)

@@ -27,8 +27,7 @@ class Batch(NamedTuple):
     replicas: Replicas | None = None
     where: str = "batch norm"
 
-    @property
-    def is_whole(self) -> bool:
+    def is_whole(self) -> bool:  # (No property: torch 2.6 compiles none of a tuple.)
         """Whether it is all of the input, and no more."""
         return self.mask is None and self.replicas is None
 
@@ -40,8 +39,11 @@ class Batch(NamedTuple):
         x = x.detach()
         if self.replicas is None:
             return self._own_moments(x, about_zero)
-        with self.replicas.failing_together(x.shape[1], x.device):
+        try:
             count, mean, m2 = self._own_moments(x, about_zero)
+        except Exception:
+            self.replicas.tell_of_failure(x.shape[1], x.device)
+            raise
         messages = self.replicas.gather(torch.cat((count.to(mean.dtype).view(1), mean, m2)))
         counts, means, m2s = messages.split([1, len(mean), len(mean)], dim=1)
         return merge_all(counts.squeeze(1).long(), means, m2s)

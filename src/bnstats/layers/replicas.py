@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,16 +80,14 @@ class Replicas(Referable):
             total: Tensor = opaque(_SUM, _sum)(x, self.reference)
         return total
 
-    @contextmanager
-    def failing_together(self, channels: int, device: torch.device) -> Iterator[None]:
-        """Send an error inside the context to the others, who wait for this process's moments."""
-        try:
-            yield
-        except Exception:
-            if not self.alone and not in_backward_pass():
-                size, dtype = 1 + 2 * channels, wide_dtype(device)
-                self._peers().all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
-            raise
+    def tell_of_failure(self, channels: int, device: torch.device) -> None:
+        """Send an error to the others, who wait for this process's moments.
+
+        (No context around what may fail: torch 2.6 compiles none that is made of a generator.)
+        """
+        if not self.alone and not in_backward_pass():
+            size, dtype = 1 + 2 * channels, wide_dtype(device)
+            self._peers().all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
 
     def exchange(self, message: Tensor) -> Tensor:
         """Send a message and receive the others', or find those of a forward that is repeated."""
