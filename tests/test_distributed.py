@@ -15,6 +15,7 @@ from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.moments import Moments
 from bnstats.recomputation.estimators import Pooled, averaged, moving_average, pooled_state
 from bnstats.recomputation.spread import state_of_units
+from versions import SHARDS_ON_CPU
 
 ESTIMATORS = {"pooled": Pooled, "batch_average": averaged, "ema": moving_average}
 
@@ -30,7 +31,7 @@ def said(request, tmp_path_factory):
 @pytest.mark.parametrize("scenario", peers.SCENARIOS)
 def test_together(said, scenario):
     sharded = "shard" in scenario or "dtensor" in scenario
-    if sharded and not hasattr(torch.cpu.Stream, "record_event"):
+    if sharded and not SHARDS_ON_CPU:
         pytest.skip("this torch shards on accelerators only, and has no batch norm of DTensors")
     peers.assert_all_said_the_same([process[scenario] for process in said])
 

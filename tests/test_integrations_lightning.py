@@ -209,7 +209,8 @@ def test_stochastic_weight_averaging_ends_with_them_and_so_does_its_checkpoint(t
         tmp_path, RecalibrateBatchNorm(**WHOLE), swa, saving, max_epochs=3,
         enable_checkpointing=True,
     )  # fmt: skip
-    saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)["state_dict"]
+    # torch 2.6 saves a function with the schedule of the averaging, not weights alone.
+    saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=False)["state_dict"]
     for state in (saved, model.state_dict()):
         assert_recalibrated({k: v for k, v in state.items() if "running_" in k}, with_state(state))
 
