@@ -236,6 +236,18 @@ def what_a_collective_has_no_rule_for_is_named(family):
     return scenario
 
 
+def torch_func_has_the_gradient_of_moving_averages(rank, world):
+    (family,) = (f for f in FAMILIES if f.name == "moving_average")
+    layer = make(family, sync=True)
+    twin = copy.deepcopy(layer)
+    for x in torch.randn(4, 5, 4) * (1 + rank):
+        found = torch.func.grad(lambda x: layer(x).pow(3).sum())(x)
+        x.requires_grad_()
+        (expected,) = torch.autograd.grad(twin(x).pow(3).sum(), x)
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
 def groups_are_kept_apart(family):
     def scenario(rank, world):
         group = dist.new_group(list(range(world - 1)))  # the last is by itself
@@ -317,4 +329,7 @@ SCENARIOS = {
         layers_compiled_one_by_one_share_their_code
     ),
     "synchronized.too_long_ago_for_a_checkpoint": too_long_ago_for_a_checkpoint,
+    "synchronized.torch_func_has_the_gradient_of_moving_averages": (
+        torch_func_has_the_gradient_of_moving_averages
+    ),
 }

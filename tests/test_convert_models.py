@@ -115,9 +115,11 @@ def test_torchvisions_classifiers_convert_and_come_back(name):
         assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == keys
     assert [type(module) for module in model.modules()] == types
-    # One of the two, in turn: a model's relatives have the same layers.
-    family = ("ema", "cumulative")[NORMALIZED.index(name) % 2]
-    assert step(bnstats.convert_batchnorm(model, family), x).isfinite()
+    families = ["ema", "cumulative"]
+    if sum(p.numel() for p in model.parameters()) > 1e8:
+        families.pop()  # seconds each, and the same layers as in their small relatives
+    for family in families:
+        assert step(bnstats.convert_batchnorm(model, family), x).isfinite()
 
 
 SOME = ["densenet121", "googlenet", "mnasnet0_5", "mobilenet_v3_small", "regnet_y_400mf"]

@@ -107,6 +107,39 @@ def test_any_number_of_threads_serves(threads):
         torch.testing.assert_close(stats[name].var, expected[name].var, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("threads", "most"), [(1, 1), (2, 3)])
+def test_no_more_forwards_compute_than_one_beyond_the_threads_that_are_allowed(threads, most):
+    class Counted(nn.Module):
+        running, largest, lock = 0, 0, threading.Lock()
+
+        def forward(self, x):
+            with self.lock:
+                self.running += 1
+                self.largest = max(self.largest, self.running)
+            time.sleep(0.02)
+            with self.lock:
+                self.running -= 1
+            return x
+
+    model, counted, before = trained(), Counted(), torch.get_num_threads()
+    model.insert(0, counted)
+    in_the_loader = []
+
+    def loader():
+        for x in uneven() * 2:
+            in_the_loader.append(torch.get_num_threads())
+            yield x
+
+    torch.set_num_threads(threads)
+    try:
+        measure(model, loader())
+    finally:
+        torch.set_num_threads(before)
+    assert counted.largest == most
+    # The thread that leads has one of its own as soon as forwards run beside it.
+    assert in_the_loader[most:] == [1] * (len(in_the_loader) - most)
+
+
 def test_the_layers_see_what_the_callers_thread_has_set():
     seen = []
 

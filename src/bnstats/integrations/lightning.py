@@ -73,7 +73,7 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
             self.on_train_epoch_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Recalibrate before a validation of the training, whatever made Lightning begin it."""
+        """Recalibrate before each validation during a training: by batches, by time, at its end."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             with self._modes_of_training(pl_module):
                 self.on_train_epoch_end(trainer, pl_module)

@@ -99,7 +99,7 @@ class Recalibrator:
         Args:
             of_trainer: the trainer's loader.
             steps: what the trainer does to each batch before the model takes it.
-            limit: how many batches the trainer uses of its own loader, infinity for all.
+            limit: how many batches of its loader the trainer uses; infinity means all.
         """
         if self._loader is not None:
             return Batches(self._loader, steps)
@@ -152,7 +152,7 @@ class Recalibrator:
             model: what is being trained.
             loader: the trainer's.
             state: identifies the state of the weights.
-            callbacks: the trainer's, which may keep averages beside those that the user named.
+            callbacks: the trainer's; averages that they keep are recalibrated too.
             context: makes what a forward runs under, autocast for one.
         """
         kept = (value for callback in callbacks for value in vars(callback).values())

@@ -179,9 +179,9 @@ def _gradients(
 
 
 def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """Return x, which may be changed, with padding set to 0, whatever it holds."""
+    """Return x with padding set to 0, also where it is NaN or infinite; x may be written to."""
     if on_host(x):
-        # A product takes a fifth of the time of torch.where.
+        # A product takes a part of the time of torch.where; what is not finite spoils it.
         x = x.mul_(mask.to(x.dtype))
         if math.isfinite(x.sum()):
             return x

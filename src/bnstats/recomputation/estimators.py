@@ -98,10 +98,6 @@ class Pooled:
         samples = [] if self._samples is None else [self._samples.state()]
         return torch.cat([torch.stack(total), self._spread.state(), *samples])
 
-    def mean_and_var(self) -> tuple[Tensor, Tensor]:
-        """Return the pooled statistics without their errors, which cost more."""
-        return self._total.mean, self._total.var(self._correction)
-
     def merge_state(self, state: Tensor) -> None:
         """Merge another one's moments in, by their number of values."""
         self._total = self._total + Moments(*state[:3])

@@ -80,7 +80,7 @@ class ForwardThreads:
         """Divide torch's intra-op threads among so many, if these are fewer than may run.
 
         The thread that calls keeps one: a team of more, once it has computed, spins on cores
-        that the forwards need. Where one runs at a time, on a device, it keeps all.
+        that the forwards need. Where one forward runs at a time, it keeps all.
         """
         self._num_sharing = max(1, min(num_threads, self._max_running))
         if self._max_running > 1:

@@ -95,10 +95,10 @@ class _LayerwisePass:
         self._task = task
         self._reader = reader
         # The device of a GPU is kept busy by one. On CPU, forwards with one thread each beat one
-        # forward with many, and one more than there are cores computes where another waits for
-        # Python's lock.
-        on_cpu = task.like.device.type == "cpu"
-        self._max_running = torch.get_num_threads() + 1 if on_cpu else 1
+        # forward with many, and one more than threads computes where another waits for Python's
+        # lock. Who allows a single thread wants no second core used.
+        cores = torch.get_num_threads() if task.like.device.type == "cpu" else 1
+        self._max_running = cores + 1 if cores > 1 else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
         self._completed: dict[ObservedLayer, Tensor] = {}  # what estimators give as their state
         self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
