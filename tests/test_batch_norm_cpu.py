@@ -10,14 +10,15 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad
 
 import bnstats
+from bnstats import reduction
 from bnstats.layers import batch_norm_cpu
 
 SHAPES = [(4, 64, 32, 32), (8, 8, 4096), (2, 3, 36, 36, 36)]
 
 
-def calls_of(name, monkeypatch):
-    calls, original = [], getattr(batch_norm_cpu, name)
-    monkeypatch.setattr(batch_norm_cpu, name, lambda *args: calls.append(1) or original(*args))
+def calls_of(name, monkeypatch, module=batch_norm_cpu):
+    calls, original = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(1) or original(*args))
     return calls
 
 
@@ -112,9 +113,11 @@ def test_only_what_requires_a_gradient_gets_one(taken):
     assert taken
 
 
-def normalized(x):
+def normalized(x, mean=None):
     channels = torch.ones(x.shape[1])
-    return batch_norm_cpu.batch_norm(x, channels, torch.zeros_like(channels), 1e-5, channels)
+    zeros = torch.zeros_like(channels)
+    expected = (zeros if mean is None else mean, channels)
+    return batch_norm_cpu.batch_norm(x, channels, zeros, 1e-5, expected)
 
 
 @pytest.mark.parametrize("offset", [100.0, 1e4])
@@ -123,7 +126,6 @@ def test_where_sums_cancel_the_statistics_are_those_of_the_definition(served, ch
     x = torch.randn(16, 64, 32, 32)
     x[:, :channels] += offset * torch.arange(1.0, channels + 1).view(-1, 1, 1).sqrt()
     _, mean, var = normalized(x)
-    # of many samples in one pass, about the first one's mean
     wide = x.double()
     torch.testing.assert_close(mean, wide.mean((0, 2, 3)).float(), rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(var, wide.var((0, 2, 3)).float(), rtol=2e-6, atol=0)
@@ -131,7 +133,7 @@ def test_where_sums_cancel_the_statistics_are_those_of_the_definition(served, ch
 
 
 @pytest.mark.parametrize("channels", [16, 17, 64])
-def test_where_channels_of_few_samples_cancel_their_sums_are_taken_about_their_mean(
+def test_where_channels_of_few_samples_cancel_the_statistics_are_those_of_the_definition(
     served, channels
 ):
     x = torch.randn(SHAPES[0])
@@ -143,13 +145,23 @@ def test_where_channels_of_few_samples_cancel_their_sums_are_taken_about_their_m
     assert served
 
 
-def test_samples_unlike_the_first_do_not_spoil_the_sums():
+@pytest.mark.parametrize("offset", [-200.0, 0.0, 1e4, torch.inf, torch.nan])
+def test_an_expected_mean_that_is_wrong_does_not_spoil_the_sums(served, offset):
     x = torch.randn(16, 64, 32, 32) + 100
-    x[1:] -= 300
-    _, mean, var = normalized(x)
+    _, mean, var = normalized(x, torch.full([64], 100 + offset))
     wide = x.double()
     torch.testing.assert_close(mean, wide.mean((0, 2, 3)).float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(var, wide.var((0, 2, 3)).float(), rtol=2e-6, atol=0)
+    assert len(served) == (offset != torch.inf)
+
+
+def test_sums_about_an_expected_mean_are_taken_once(monkeypatch):
+    x = torch.randn(4, 64, 32, 32) + 100
+    passes = calls_of("_from_sums", monkeypatch, reduction)
+    normalized(x)
+    assert len(passes) == 2
+    normalized(x, torch.full([64], 99.0))
+    assert len(passes) == 3
 
 
 def test_rows_without_a_divisor_are_left_to_torch(served):

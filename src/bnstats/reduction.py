@@ -9,6 +9,7 @@ float64.
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,11 +30,6 @@ FEWEST_FAST = 2**16
 _LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
-
-_FEWEST_SAMPLES = 8
-_FEWEST_LOOKED_AT = 2**21
-"""Samples and values from which on the first sample is looked at, to see whether the sums will
-cancel: with fewer, that costs more than it saves."""
 
 _CACHED = 2**17
 """Values that stay in a core's cache."""
@@ -62,8 +58,14 @@ def _adds_in_float64(device: torch.device) -> bool:
             return False
 
 
-def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
+Expected: TypeAlias = tuple[Tensor, Tensor]
+"""The mean and the variance that a batch is likely to have, each of shape (C,)."""
+
+
+def mean_and_m2(x: Tensor, expected: Expected | None = None) -> tuple[Tensor, Tensor]:
     """Return mean and sum of squared deviations per channel, for x of shape (N, C, ...).
+
+    What is expected only decides which way is tried first, where sums about 0 may cancel.
 
     On CPU, fewer than 2^16 values are added up in float64; sums of more have a relative error of
     some 2e-7, as the module says. Elsewhere one pass adds x up in x's own precision, or float32
@@ -82,7 +84,7 @@ def mean_and_m2(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean.to(wide), var.to(wide).mul_(x.numel() // x.shape[1])
     if x.numel() < FEWEST_FAST or not x.is_floating_point():
         return _exactly(x)
-    fast = from_rows(x)
+    fast = from_rows(x, expected)
     return _exactly(x) if fast is None else fast
 
 
@@ -132,7 +134,7 @@ def _two_passes(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var.mul_(x.numel() // x.shape[1])
 
 
-def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
+def from_rows(x: Tensor, expected: Expected | None = None) -> tuple[Tensor, Tensor] | None:
     """Add up rows and their squares in x's precision, the rows' results in float64.
 
     Returns:
@@ -142,12 +144,10 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     rows = short_rows(x)
     if rows is None:
         return None
-    shift = _shift(x, rows) if x.numel() >= _FEWEST_LOOKED_AT else None
+    shift = None if expected is None or not x.is_contiguous() else _shift(*expected)
     mean, m2, cancelling = _from_sums(x, rows, shift)
-    if cancelling is None:
-        return mean, m2
-    if shift is None and _are_many(cancelling) and x.is_contiguous():
-        mean, m2, cancelling = _from_sums(x, rows, mean.to(x.dtype))
+    if cancelling is not None and _are_many(cancelling) and x.is_contiguous():
+        mean, m2, cancelling = _from_sums(x, rows, mean)
     if cancelling is not None:
         if _are_many(cancelling):
             return None
@@ -158,10 +158,18 @@ def from_rows(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return mean, m2
 
 
+def _shift(mean: Tensor, var: Tensor) -> Tensor | None:
+    """Return the expected mean if the sums about 0 of many channels would cancel."""
+    cancelling = mean.square() > _LARGEST_SQUARED_MEAN * var
+    return mean if _are_many(cancelling) else None
+
+
 def _from_sums(
     x: Tensor, rows: Tensor, shift: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return mean, m2, and which channels' sums about the shift cancel; None if none do."""
+    if shift is not None:
+        shift = shift.to(x.dtype)
     total, squares = _sums(rows) if shift is None else _sums_about(x, shift)
     mean = total / (x.numel() // x.shape[1])
     m2 = torch.addcmul(squares, total, mean, value=-1)
@@ -191,14 +199,6 @@ def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
         total, squares = sums.view(2, *rows.shape[1:]).sum(-1, dtype=torch.float64)
         return total, squares
     return per_channel(rows.sum(-1, dtype=accumulator(rows))), sums_of_squares(rows)
-
-
-def _shift(x: Tensor, rows: Tensor) -> Tensor | None:
-    """Return each channel's mean in the first sample if most channels' sums cancel there."""
-    if len(x) < _FEWEST_SAMPLES or not x.is_contiguous():
-        return None
-    mean, _, cancelling = _from_sums(x[:1], rows[:1], None)
-    return mean.to(x.dtype) if cancelling is not None and _are_many(cancelling) else None
 
 
 def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

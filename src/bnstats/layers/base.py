@@ -207,7 +207,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         # A batch of no values has no statistics.
         moves = count > 0 and self.momentum != 0 and not self._held
         if count > 0 and on_host(input):
-            output, mean, var = batch_norm_cpu.batch_norm(input, weight, bias, self.eps, like)
+            expected = like, self._running_stats()[1]
+            output, mean, var = batch_norm_cpu.batch_norm(input, weight, bias, self.eps, expected)
             # In a backward pass activation checkpointing runs a forward again.
             if moves and not in_backward_pass():
                 self._track_on_host(mean, var, count)
@@ -265,7 +266,7 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
         elif batch.is_whole():
             count = input.numel() // self.num_features
-            mean, var = batch_norm_cpu.moments(input.detach(), dtype)
+            mean, var = batch_norm_cpu.moments(input.detach(), dtype, self._running_stats())
             correction = self._correction(mean, var)
             output = normalize(input, weight, bias, mean, var, self.eps, correction)
         else:

@@ -12,21 +12,22 @@ from torch import Tensor
 
 from bnstats.layers.given_moments import normalize
 from bnstats.private import only_reverse_mode
-from bnstats.reduction import SHORTEST_ROW, from_rows, mean_and_m2
+from bnstats.reduction import SHORTEST_ROW, Expected, from_rows, mean_and_m2
 
 _FEWEST_VALUES = 2**18
 """Values of an input from which on the sums over rows are faster than torch's kernel."""
 
 
 def batch_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, like: Tensor
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, expected: Expected
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize x, of shape (N, C, ...), by its own statistics.
 
     Returns:
-        The output, and the batch's mean and unbiased variance: vectors like the one given.
+        The output, and the batch's mean and unbiased variance: vectors like the expected ones.
     """
-    fast = _fast_moments(x, like.dtype)
+    like, _ = expected
+    fast = _fast_moments(x, like.dtype, expected)
     if fast is not None:
         mean, var = fast
         count = x.numel() // x.shape[1]
@@ -41,21 +42,23 @@ def batch_norm(
 
 
 @torch.no_grad()
-def moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, dtype: torch.dtype, expected: Expected) -> tuple[Tensor, Tensor]:
     """Return the mean and the biased variance of each channel, on any device."""
     if x.is_cpu:
-        fast = _fast_moments(x, dtype)
+        fast = _fast_moments(x, dtype, expected)
         return torch.batch_norm_update_stats(x.to(dtype), None, None, 0.0) if fast is None else fast
     mean, m2 = mean_and_m2(x)
     return mean.to(dtype), (m2 / (x.numel() // x.shape[1])).to(dtype)
 
 
-def _fast_moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def _fast_moments(
+    x: Tensor, dtype: torch.dtype, expected: Expected
+) -> tuple[Tensor, Tensor] | None:
     """Return what :func:`moments` does from sums over rows, where they are faster."""
     if x.numel() < _FEWEST_VALUES or not _has_fast_sums(x, dtype):
         return None
     with torch.no_grad():  # entered for large inputs only: it costs microseconds
-        sums = from_rows(x)
+        sums = from_rows(x, expected)
     if sums is None:
         return None
     mean, m2 = sums

@@ -154,7 +154,7 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     def _shown(self) -> list[Tensor]:
         """Return the buffers of torch's layer, which others may write to."""
         num_batches = self._buffers["num_batches_tracked"]
-        return [*super()._state(), *([] if num_batches is None else [num_batches])]
+        return [*self._running_stats(), *([] if num_batches is None else [num_batches])]
 
     def _publish(self) -> None:
         mean, var, *_ = shown = self._shown()

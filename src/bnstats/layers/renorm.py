@@ -148,7 +148,7 @@ class RenormBatchNorm(EMABatchNorm):
     def _follow(self, mean: Tensor, var: Tensor) -> Tensor:
         """Return r and d, of shape (2, C), of a batch with these moments."""
         counter = self._buffers["num_batches_tracked"]
-        state = [x.to(mean.dtype) for x in (mean, var, *super()._state())]
+        state = [x.to(mean.dtype) for x in (mean, var, *self._running_stats())]
         if on_host(mean):  # where numpy's small operations cost a third of torch's
             limits = self._limits(math.inf if counter is None else int(counter))
             with np.errstate(all="ignore"):  # torch does not warn of what is not finite either

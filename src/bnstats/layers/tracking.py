@@ -44,11 +44,14 @@ class TrackingBatchNorm(WideBuffersBatchNorm):
         """Whether a batch replaces all before it, so that counters of values start anew."""
         return False
 
-    def _state(self) -> tuple[Tensor, Tensor]:
-        """Return the buffers of the recursion, mean and variance."""
+    def _running_stats(self) -> tuple[Tensor, Tensor]:
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         assert mean is not None and var is not None  # else forward does not come here
         return mean, var
+
+    def _state(self) -> tuple[Tensor, Tensor]:
+        """Return the buffers of the recursion, mean and variance."""
+        return self._running_stats()
 
     def _publish(self) -> None:
         """Write the running statistics where the recursion has buffers of its own."""

@@ -27,7 +27,7 @@ from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import merged_states, state_of_units
-from bnstats.reduction import mean_and_m2, wide_dtype
+from bnstats.reduction import Expected, mean_and_m2, wide_dtype
 from bnstats.traversal import num_features
 
 
@@ -110,10 +110,10 @@ class ObservedLayer:
         """Number of channels, C."""
         return num_features(self.module)
 
-    def moments_of(self, input: Tensor) -> LayerMoments:
+    def moments_of(self, input: Tensor, expected: Expected | None = None) -> LayerMoments:
         """Return the moments of an input, about zero where the layer keeps its statistics so.
 
-        Under a mask, they are those of the valid positions.
+        Under a mask, they are those of the valid positions. What is expected makes it faster.
         """
         mask = _MASK.get()
         valid = None
@@ -122,7 +122,7 @@ class ObservedLayer:
         if self.reference is not None:
             return self._moments_with_samples(input.detach(), valid, self.reference)
         if valid is None:
-            mean, m2 = mean_and_m2(input.detach())
+            mean, m2 = mean_and_m2(input.detach(), expected)
             count = input.numel() // mean.numel()
         else:
             valid_values, mean, m2 = masked_mean_and_m2(input.detach(), valid)

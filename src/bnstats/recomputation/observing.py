@@ -188,7 +188,9 @@ class Observation:
         if layer in moments and not self._thread.in_forward:
             self._end_batch()
         with _outside_of_autograd():
-            new, before = layer.moments_of(input), moments.get(layer)
+            # What it normalizes with is near to what comes.
+            expected = layer.running_mean, layer.running_var
+            new, before = layer.moments_of(input, expected), moments.get(layer)
             moments[layer] = new if before is None else before.merge(new)
 
     def _end_batch(self) -> None:
