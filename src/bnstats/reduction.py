@@ -31,6 +31,10 @@ _LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
+_FEWEST_GUESSED = 2**21
+"""Values from which on it is guessed whether the sums will cancel: with fewer, that costs more than
+it saves."""
+
 _CACHED = 2**17
 """Values that stay in a core's cache."""
 
@@ -144,7 +148,9 @@ def from_rows(x: Tensor, expected: Expected | None = None) -> tuple[Tensor, Tens
     rows = short_rows(x)
     if rows is None:
         return None
-    shift = None if expected is None or not x.is_contiguous() else _shift(*expected)
+    shift = None
+    if expected is not None and x.numel() >= _FEWEST_GUESSED and x.is_contiguous():
+        shift = _shift(*expected)
     mean, m2, cancelling = _from_sums(x, rows, shift)
     if cancelling is not None and _are_many(cancelling) and x.is_contiguous():
         mean, m2, cancelling = _from_sums(x, rows, mean)
