@@ -14,7 +14,7 @@ from bnstats.layers import batch_norm_cpu
 from bnstats.layers.arguments import check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.functionalized import forward_below
-from bnstats.layers.given_moments import by_definition, corrected, normalize, scale_and_shift
+from bnstats.layers.given_moments import by_definition, normalize, scale_and_shift
 from bnstats.layers.mask_recall import MaskRecall, mask_of_forward
 from bnstats.layers.replicas import Replicas, check_reverse_mode
 from bnstats.layers.sync_converter import Unset
@@ -255,27 +255,26 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         """Normalize by the values that a mask leaves, and by those of other processes."""
         if batch.replicas is not None and not torch.compiler.is_compiling():
             check_reverse_mode(type(self).__name__)
-        weight, bias = self._wide_parameters()
         dtype = torch.float32 if input.dtype in HALF else input.dtype
         count: int | Tensor
         plain = type(input) is Tensor and not is_traced() and only_reverse_mode()
         if batch.replicas is None and not plain:
             centered, inverse, count, mean, var = by_definition(input, self.eps, batch.mask)
             mean, var = mean.detach(), var.detach()
-            weight, bias = corrected(weight, bias, self._correction(mean, var))
+            weight, bias = self._weights_of(mean, var)
             output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
         elif batch.is_whole():
             count = input.numel() // self.num_features
             mean, var = batch_norm_cpu.moments(input.detach(), dtype, self._running_stats())
-            correction = self._correction(mean, var)
-            output = normalize(input, weight, bias, mean, var, self.eps, correction)
+            weight, bias = self._weights_of(mean, var)
+            output = batch_norm_cpu.normalize_whole(input, weight, bias, mean, var, self.eps)
         else:
             count, mean, m2 = batch.moments(input)
             if on_host(count):
                 batch.check_count(input, int(count), 2)
             mean, var = mean.to(dtype), batch_variance(m2, count).to(dtype)
-            moments = (mean, var, self.eps, self._correction(mean, var))
-            output = normalize(input, weight, bias, *moments, batch, count)
+            weight, bias = self._weights_of(mean, var)
+            output = normalize(input, weight, bias, mean, var, self.eps, batch, count)
         if tracks and not in_backward_pass():
             with unseen():
                 self._track(mean, var, count)
@@ -293,6 +292,6 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
         elif count > 0:
             self._track_on_host(mean, unbiased, int(count))
 
-    def _correction(self, mean: Tensor, var: Tensor) -> Tensor | None:  # noqa: ARG002
-        """Return r and d, of shape (2, C), where ``r z + d`` stands for a normalized z."""
-        return None
+    def _weights_of(self, mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: ARG002
+        """Return weight and bias for a batch with this mean and biased variance."""
+        return self._wide_parameters()

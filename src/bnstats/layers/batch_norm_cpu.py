@@ -51,6 +51,16 @@ def moments(x: Tensor, dtype: torch.dtype, expected: Expected) -> tuple[Tensor, 
     return mean.to(dtype), (m2 / (x.numel() // x.shape[1])).to(dtype)
 
 
+def normalize_whole(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """Normalize x by its own moments, on any device."""
+    if x.is_cpu and x.numel() < _FEWEST_VALUES:
+        # It takes the moments again, and costs less than an autograd function of Python's.
+        return torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)[0]
+    return normalize(x, weight, bias, mean, var, eps)
+
+
 def _fast_moments(
     x: Tensor, dtype: torch.dtype, expected: Expected
 ) -> tuple[Tensor, Tensor] | None:

@@ -32,31 +32,17 @@ def normalize(
     mean: Tensor,
     var: Tensor,
     eps: float,
-    correction: Tensor | None = None,
     batch: Batch | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
     """Normalize x, of shape (N, C, ...), by its own mean and biased variance.
 
-    A batch of other positions or processes than x's own comes with its number of values. For the
-    correction see :func:`corrected`.
+    A batch of other positions or processes than x's own comes with its number of values.
     """
     mask, replicas = (None, None) if batch is None else (batch.mask, batch.replicas)
-    arguments = (x, weight, bias, mean, var, eps, correction, mask, count, replicas)
+    arguments = (x, weight, bias, mean, var, eps, mask, count, replicas)
     output: Tensor = _Normalize.apply(*arguments)  # type: ignore[no-untyped-call]
     return output
-
-
-def corrected(
-    weight: Tensor | None, bias: Tensor | None, correction: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias for ``r z + d`` in place of z; the correction is r and d, (2, C)."""
-    if correction is None:
-        return weight, bias
-    r, d = correction.unbind()
-    if weight is None:
-        return r, d
-    return weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
 
 
 def by_definition(
@@ -107,39 +93,29 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor,
         var: Tensor,
         eps: float,
-        correction: Tensor | None,
         mask: Tensor | None,
         count: Tensor | None,
         replicas: Replicas | None,
     ) -> Tensor:
-        factor, shift = corrected(weight, bias, correction)
-        ctx.save_for_backward(x, weight, mean, var, correction, mask, count)
+        ctx.save_for_backward(x, weight, mean, var, mask, count)
         ctx.eps, ctx.replicas = eps, replicas
-        return F.batch_norm(x, mean, var, factor, shift, False, 0.0, eps)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, correction, mask, count = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        factor, _ = corrected(weight, None, correction)
+        x, weight, mean, var, mask, count = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
         if count is None:
             # The kernel of nn.BatchNorm, which has a derivative of its own.
             inverse = (var + ctx.eps).rsqrt_()
-            needed = [needs_x, needs_weight, needs_bias or correction is not None]
             grads = torch.ops.aten.native_batch_norm_backward(
-                grad, x, factor, None, None, mean, inverse, True, ctx.eps, needed
+                grad, x, weight, None, None, mean, inverse, True, ctx.eps, needed
             )
         elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_gradients(ctx, grad, x, factor, mask)
+            grads = _differentiable_gradients(ctx, grad, x, weight, mask)
         else:
-            grads = _gradients(ctx, grad, x, factor, mean, var, mask, count)
-        grad_x, grad_weight, grad_bias = grads
-        if needs_weight and correction is not None:
-            r, d = correction.unbind()
-            grad_weight = torch.addcmul(grad_bias * d, grad_weight, r)
-        grads = (grad_x, grad_weight, grad_bias)
-        needs = (needs_x, needs_weight, needs_bias)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *[None] * 7
+            grads = _gradients(ctx, grad, x, weight, mean, var, mask, count)
+        return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 6
 
 
 def _gradients(

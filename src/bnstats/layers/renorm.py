@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,25 +138,31 @@ class RenormBatchNorm(EMABatchNorm):
                 return int(counter) < self.warmup
             return self._corrections.begins_after(mean_and_m2(input.detach())[0])
 
-    def _correction(self, mean: Tensor, var: Tensor) -> Tensor | None:
+    def _weights_of(self, mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return weight and bias for ``r z + d`` in place of z."""
+        weight, bias = self._wide_parameters()
         if self._buffers["running_mean"] is None or not self.track_running_stats:
-            return None  # nothing to follow
+            return weight, bias  # nothing to follow
         with torch.no_grad(), unseen():
-            return self._corrections.same(mean, self._follow(mean, var))
+            r, d = self._corrections.same(mean, self._correction(mean, var)).unbind()
+        if weight is None:
+            return r, d
+        return weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
 
-    def _follow(self, mean: Tensor, var: Tensor) -> Tensor:
+    def _correction(self, mean: Tensor, var: Tensor) -> Tensor:
         """Return r and d, of shape (2, C), of a batch with these moments."""
+        running_mean, running_var = (x.to(mean.dtype) for x in self._running_stats())
         counter = self._buffers["num_batches_tracked"]
-        state = [x.to(mean.dtype) for x in (mean, var, *self._running_stats())]
-        if on_host(mean):  # where numpy's small operations cost a third of torch's
-            limits = self._limits(math.inf if counter is None else int(counter))
-            with np.errstate(all="ignore"):  # torch does not warn of what is not finite either
-                arrays = [x.numpy() for x in state]
-                return torch.from_numpy(np.array(_ratio_and_shift(arrays, self.eps, limits)))
-        limits = self._limits(math.inf if counter is None else counter)
-        return torch.stack(_ratio_and_shift(state, self.eps, limits))
+        num_batches: Number = math.inf
+        if counter is not None:
+            num_batches = int(counter) if on_host(counter) else counter
+        max_ratio, max_shift = self._limits(num_batches)
+        inverse = (running_var + self.eps).rsqrt()
+        r = ((var + self.eps).sqrt() * inverse).clamp(1 / max_ratio, max_ratio)
+        d = ((mean - running_mean) * inverse).clamp(-max_shift, max_shift)
+        return torch.stack((r, d))
 
-    def _limits(self, num_batches: Number) -> tuple[Number, Number]:
+    def _limits(self, num_batches: Number) -> tuple[Any, Any]:
         """Return rmax and dmax of the forward after so many."""
         part = (num_batches + 1 - self.warmup) / max(self.ramp, 1e-30)
         part = part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0), 1)
@@ -169,18 +174,6 @@ class RenormBatchNorm(EMABatchNorm):
             f"{super().extra_repr()}, warmup={self.warmup}, ramp={self.ramp}, "
             f"max_ratio={self.max_ratio}, max_shift={self.max_shift}"
         )
-
-
-def _ratio_and_shift(
-    state: list[Any], eps: float, limits: tuple[Number, Number]
-) -> tuple[Any, Any]:
-    """Return r and d, for tensors or numpy's arrays."""
-    mean, var, running_mean, running_var = state
-    max_ratio, max_shift = limits
-    running_sd = (running_var + eps) ** 0.5
-    r = ((var + eps) ** 0.5 / running_sd).clip(1 / max_ratio, max_ratio)
-    d = ((mean - running_mean) / running_sd).clip(-max_shift, max_shift)
-    return r, d
 
 
 class RenormBatchNorm1d(RenormBatchNorm, nn.BatchNorm1d):
