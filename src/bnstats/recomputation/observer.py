@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.errors import InvalidValueError
 from bnstats.hooks import Hook
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
@@ -74,12 +75,15 @@ class ObservedLayer:
             ``statistics_about_zero()``, which any layer may have, returns.
         reference: the center of the spread between samples, of shape (C,). It is the same for
             all batches, so that their sums add up; None where no spread is measured.
+        stand_ins: running mean and variance that take the place of the layer's own while it is
+            measured; empty where nothing takes it.
     """
 
     name: str
     module: _BatchNorm
     about_zero: bool
     reference: Tensor | None = None
+    stand_ins: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, name: str, module: _BatchNorm, *, samples: bool = False) -> ObservedLayer:
@@ -150,16 +154,37 @@ class ObservedLayer:
 
     def normalize_with_batch(self, moments: LayerMoments) -> None:
         """Let the layer normalize with the biased variance of these values, as in training."""
-        self.running_mean.copy_(moments.mean)
-        if moments.m2.device == self.running_var.device:
-            torch.div(moments.m2, max(moments.num_values, 1), out=self.running_var)
+        mean, var = self._writable_stand_ins()
+        mean.copy_(moments.mean)
+        if moments.m2.device == var.device:
+            torch.div(moments.m2, max(moments.num_values, 1), out=var)
         else:
-            self.running_var.copy_(moments.m2 / max(moments.num_values, 1))
+            var.copy_(moments.m2 / max(moments.num_values, 1))
 
     def normalize_with(self, mean: Tensor, var: Tensor) -> None:
         """Let the layer normalize with these until the next call."""
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
+        for stand_in, values in zip(self._writable_stand_ins(), (mean, var), strict=True):
+            stand_in.copy_(values)
+
+    def stand_in(self, mean: Tensor, var: Tensor) -> None:
+        """Let these tensors take the place of the layer's own running statistics."""
+        self.stand_ins[:] = self.module.running_mean, self.module.running_var = mean, var
+
+    def _writable_stand_ins(self) -> list[Tensor]:
+        if torch.is_grad_enabled():
+            # The model takes gradients itself: what its graph has saved must not change.
+            self.stand_in(*map(torch.empty_like, self.stand_ins))
+        return self.stand_ins
+
+    def check_stand_ins(self) -> None:
+        """Refuse a forward that runs the layer with other statistics, which are the caller's."""
+        if self.running_mean is not self.stand_ins[0] or self.running_var is not self.stand_ins[1]:
+            raise InvalidValueError(
+                f"layer '{self.name}' ({type(self.module).__name__}): expected a forward that runs "
+                "the layer with its own running_mean and running_var, and got others in their "
+                "place: pass the parameters, without the buffers, to torch.func.functional_call, "
+                "or leave the layer out by include"
+            )
 
 
 OnInput = Callable[[ObservedLayer, Tensor], None]
@@ -189,18 +214,24 @@ def observed(
     """
     layers = list(layers)
     training = [(module, module.training) for module in model.modules()]
-    buffers = [(x.module, x.running_mean, x.running_var) for x in layers]
+    buffers = [(x, x.running_mean, x.running_var) for x in layers]
+
+    def checked(layer: ObservedLayer, input: Tensor) -> None:
+        layer.check_stand_ins()
+        on_input(layer, input)
+
     try:
         for module, _ in training:
             module.training = False
-        for module, mean, var in buffers:
+        for layer in layers:
             # A layer may also be reached without its hooks, and is then what it is in evaluation.
-            module.running_mean, module.running_var = mean.clone(), var.clone()
-        with hooked(layers, on_input), torch.no_grad(), eager():
+            layer.stand_in(layer.running_mean.clone(), layer.running_var.clone())
+        with hooked(layers, checked), torch.no_grad(), eager():
             yield
     finally:
-        for module, mean, var in buffers:
-            module.running_mean, module.running_var = mean, var
+        for layer, mean, var in buffers:
+            layer.module.running_mean, layer.module.running_var = mean, var
+            layer.stand_ins.clear()
         for module, was_training in training:
             module.training = was_training
 

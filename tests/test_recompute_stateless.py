@@ -1,0 +1,71 @@
+"""Models whose forward replaces their tensors, or differentiates through them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+import bnstats
+from bnstats.errors import InvalidValueError
+from networks import METHODS, assert_untouched, snapshot, trained, uneven
+
+ALL_METHODS = [*METHODS, "layerwise", "sweeps"]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_buffers_that_a_forward_brings_are_refused_and_never_written_to(method):
+    # A state dict shares its memory with the model: what was written to it stayed there.
+    model = trained()
+    state, before = model.state_dict(), snapshot(model)
+
+    def forward(model, batch):
+        return functional_call(model, state, (batch,))
+
+    with pytest.raises(InvalidValueError, match=r"layer '1' .*without the buffers"):
+        bnstats.recompute_population_stats(model, uneven(), method=method, forward=forward)
+    assert_untouched(model, before)
+
+
+def with_other_parameters(model, batch):
+    return functional_call(model, {k: x * 1.5 for k, x in model.named_parameters()}, (batch,))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sweeps"])
+def test_parameters_that_a_forward_brings_are_the_layers(method):
+    model, data = trained(), uneven()
+    before = snapshot(model)
+    stats = bnstats.measure_population_stats(
+        model, data, method=method, forward=with_other_parameters
+    )
+    assert_untouched(model, before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1.5
+    expected = bnstats.measure_population_stats(model, data, method=method)
+    for name, layer in expected.items():
+        assert torch.equal(stats[name].mean, layer.mean)
+
+
+class InputGradients(nn.Module):
+    """Two calls of a network, and the gradient of both: an energy model, a penalty on gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x, y = x.detach().requires_grad_(), (2 * x).detach().requires_grad_()
+            energy = self.net(x).square().sum() + self.net(y).square().sum()
+            return torch.autograd.grad(energy, [x, y])
+
+
+@pytest.mark.parametrize("method", ["pooled", "batch_average", "sweeps"])
+def test_a_model_that_differentiates_through_two_calls_of_a_layer_serves(method):
+    model = InputGradients()
+    before = snapshot(model)
+    x = torch.randn(40, 3)
+    stats = bnstats.measure_population_stats(model, x.split(10), method=method)
+    both = model.net[0](torch.cat([x, 2 * x])).double()
+    torch.testing.assert_close(stats["net.1"].mean, both.mean(0), atol=1e-6, rtol=1e-6)
+    assert_untouched(model, before)
