@@ -46,6 +46,27 @@ def test_parameters_that_a_forward_brings_are_the_layers(method):
         assert torch.equal(stats[name].mean, layer.mean)
 
 
+def test_forwards_side_by_side_that_replace_parameters_are_refused_and_all_are_put_back():
+    # Of two such forwards the one that ended last left the other's in the model.
+    model = trained()
+    before = snapshot(model)
+    with pytest.raises(InvalidValueError, match=r"layer '1'.*use method=\"sweeps\""):
+        bnstats.measure_population_stats(
+            model, uneven(), method="layerwise", forward=with_other_parameters
+        )
+    assert_untouched(model, before)
+
+
+def test_parameters_of_layers_without_weights_are_put_back_too():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    before = snapshot(model)
+    batches = torch.randn(64, 3).split(8)
+    bnstats.measure_population_stats(
+        model, batches, method="layerwise", forward=with_other_parameters
+    )
+    assert_untouched(model, before)
+
+
 class InputGradients(nn.Module):
     """Two calls of a network, and the gradient of both: an energy model, a penalty on gradients."""
 

@@ -1,0 +1,42 @@
+"""A model's own parameters, where forwards run side by side."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bnstats.errors import InvalidValueError
+from bnstats.recomputation.observer import ObservedLayer
+
+
+class OwnParameters:
+    """A context that keeps the parameters of a model whose forward may replace them meanwhile.
+
+    ``torch.func.functional_call`` does: it puts others in their place, and puts back what it
+    found. Of two such forwards side by side, one computes with the other's, and the one that ends
+    last may put back the other's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._of = {module: dict(module._parameters) for module in model.modules()}
+
+    def check(self, layer: ObservedLayer) -> None:
+        """Refuse a forward that has replaced a layer's weight.
+
+        Not one that has loaded what was offloaded to the meta device.
+        """
+        module = layer.module
+        own, now = self._of[module].get("weight"), module._parameters.get("weight")
+        if own is not now and not (own is None or own.is_meta):
+            raise InvalidValueError(
+                f"layer '{layer.name}': the forward replaces the model's parameters while it runs "
+                "(as torch.func.functional_call does), and forwards run side by side with "
+                'method="layerwise"; use method="sweeps", which runs one at a time'
+            )
+
+    def __enter__(self) -> None:
+        """Begin: the parameters are the model's own."""
+
+    def __exit__(self, *_: object) -> None:
+        """Put back every parameter that is not."""
+        for module, parameters in self._of.items():
+            module._parameters.update(parameters)
