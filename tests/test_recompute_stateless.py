@@ -1,4 +1,7 @@
-"""Models whose forward replaces their tensors, or differentiates through them."""
+"""Models whose forward replaces their tensors, differentiates through them, or has threads."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,3 +93,41 @@ def test_a_model_that_differentiates_through_two_calls_of_a_layer_serves(method)
     both = model.net[0](torch.cat([x, 2 * x])).double()
     torch.testing.assert_close(stats["net.1"].mean, both.mean(0), atol=1e-6, rtol=1e-6)
     assert_untouched(model, before)
+
+
+class InThreads(nn.Module):
+    """Runs parts of a batch in two threads at the same time."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        both = threading.Barrier(2, timeout=30)
+
+        def run(layer, part):
+            both.wait()
+            return layer(part)
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, self.layers, x.chunk(2)))
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sweeps"])
+def test_a_layer_in_two_threads_of_one_forward_is_refused_and_not_measured_wrong(method):
+    # One thread wrote what the layer normalizes with, and the other normalized with it.
+    layer = nn.BatchNorm1d(3)
+    model = InThreads(layer, layer)
+    before = snapshot(model)
+    with pytest.raises(InvalidValueError, match=r"layer 'layers\.0' runs in several threads"):
+        bnstats.measure_population_stats(model, torch.randn(40, 3).split(10), method=method)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sweeps"])
+def test_layers_in_threads_of_their_own_serve(method):
+    model, batches = InThreads(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), torch.randn(4, 10, 3)
+    stats = bnstats.measure_population_stats(model, list(batches), method=method)
+    for name, part in zip(stats, batches.chunk(2, dim=1), strict=True):
+        own = bnstats.measure_population_stats(nn.BatchNorm1d(3), list(part), method=method)[""]
+        torch.testing.assert_close(stats[name].mean, own.mean)

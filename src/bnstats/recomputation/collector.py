@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnstats.errors import NonFiniteStatisticsError
+from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
 from bnstats.moments import Moments
 from bnstats.recomputation.batches import BatchCounts, Reader
 from bnstats.recomputation.estimators import Estimate, Estimator
@@ -48,6 +49,7 @@ class Collector:
         self._channels = [layer.num_features for layer in layers]
         self._corrections = [task.correction_of(layer) for layer in layers]
         self._moments: dict[ObservedLayer, LayerMoments] = {}
+        self._threads: dict[ObservedLayer, int] = {}
         self._zeros = task.like.new_zeros(sum(self._channels))
         self._several_devices = {x.running_mean.device for x in layers} != {self._zeros.device}
         self._expanded: tuple[list[int], Tensor] = ([], self._zeros)
@@ -56,11 +58,17 @@ class Collector:
     def on_input(self, layer: ObservedLayer, input: Tensor) -> None:
         """Add the moments of one call, and let the layer normalize with them."""
         moments = layer.moments_of(input)
-        layer.normalize_with_batch(moments)
         self.add(layer, moments)
+        layer.normalize_with_batch(moments)
 
     def add(self, layer: ObservedLayer, moments: LayerMoments) -> None:
         """Add the moments of one call."""
+        if self._threads.setdefault(layer, get_ident()) != get_ident():
+            raise InvalidValueError(
+                f"layer '{layer.name}' runs in several threads of one forward, where one would "
+                "normalize with what another has written: expected a layer's calls to follow one "
+                "another in one thread; pass forward=lambda model, batch: ... that runs them so"
+            )
         if self._several_devices:
             moments = moments.to(self._zeros.device)
         before = self._moments.get(layer)
@@ -78,7 +86,7 @@ class Collector:
         else:
             self._raise_nonfinite()
         self._num_batches += 1
-        self._moments = {}
+        self._moments, self._threads = {}, {}
 
     def end_batch_unasked(self) -> None:
         """Merge it in, or skip it, by tensors alone: the host does not wait for a device."""
@@ -89,7 +97,7 @@ class Collector:
         self._estimator.add(Moments(counts * finite, *values))
         self.num_skipped = self.num_skipped + ~finite
         self._num_batches += 1
-        self._moments = {}
+        self._moments, self._threads = {}, {}
 
     def _batch(self) -> tuple[list[LayerMoments], Tensor]:
         """Return each layer's moments, and all means and sums of squares end to end."""
