@@ -400,3 +400,21 @@ def observations_of(model, data):
         for x in data:
             model(x)
     return seen.stats(), observed_inputs(model, data)
+
+
+def test_a_forward_that_returns_none_counts_while_an_earlier_error_is_handled():
+    class Storing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            self.output = self.norm(x)
+
+    model = Storing()
+    with bnstats.observe(model) as seen:
+        try:
+            raise StopIteration
+        except StopIteration:
+            model(torch.randn(8, 3))
+    assert seen.stats()["norm"].count == 8

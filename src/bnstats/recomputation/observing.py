@@ -171,9 +171,11 @@ class Observation:
 
     def _begin_forward(self, *_: Any) -> None:
         self._thread.in_forward = True
+        self._thread.handled = sys.exc_info()[1]
 
     def _end_forward(self, _: nn.Module, __: Any, output: object) -> None:
-        if output is None and sys.exc_info()[0] is not None:
+        # Not an error that was being handled before, by the code that runs the forward.
+        if output is None and sys.exc_info()[1] is not self._thread.handled:
             self._thread.moments.clear()  # it failed
         self._end_batch()
         self._thread.in_forward = False
@@ -214,6 +216,7 @@ class _Thread(local):
 
     def __init__(self) -> None:
         self.in_forward = False
+        self.handled: BaseException | None = None
         self.moments: dict[ObservedLayer, LayerMoments] = {}
 
 
