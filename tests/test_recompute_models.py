@@ -311,3 +311,25 @@ def test_a_model_of_frozen_layers_alone_is_a_warning_that_says_so():
     with pytest.warns(BnstatsWarning, match="all 3 .* frozen, or in evaluation mode"):
         result = bnstats.recompute_population_stats(model, data)
     assert len(result.after) == 0
+
+
+class OtherName(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = OtherName(3)
+
+    def forward(self, x):
+        return self.norm(x=x)
+
+
+def test_a_subclass_that_is_called_with_its_own_keyword_is_observed():
+    model, x = ByKeyword(), torch.randn(20, 3)
+    assert bnstats.measure_population_stats(model, x.split(5))["norm"].count == 20
+    with bnstats.record_batch_stats(model) as record:
+        model(x)
+    torch.testing.assert_close(record["norm"].mean[0], x.double().mean(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -25,3 +25,9 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+def given_input(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the input that a layer is called with; None where it is called without."""
+    # torch's layers name it "input", many subclasses "x".
+    return args[0] if args else kwargs.get("input", kwargs.get("x"))

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.formatting import describe_mapping
-from bnstats.hooks import Hook
+from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
@@ -235,7 +235,7 @@ def _observe(
     output: Tensor,
 ) -> None:
     """Record a forward's statistics, and register a hook for its gradient's."""
-    x: Tensor = args[0] if args else kwargs["input"]
+    x: Tensor = given_input(args, kwargs)
     if not layer.training or x.numel() == 0:
         return
     given = given_mask(layer, args, kwargs)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidValueError
-from bnstats.hooks import Hook
+from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
@@ -251,7 +251,7 @@ def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
     channels = layer.num_features
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("input")
+        x = given_input(args, kwargs)
         # The layer itself raises the error for an input that it cannot take.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:
             given = given_mask(module, args, kwargs)
