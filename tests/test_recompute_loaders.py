@@ -1,6 +1,7 @@
 """What a recalibration reads: loaders of every kind, and batches of every form."""
 
 import re
+from collections import UserDict, defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -250,3 +251,65 @@ def test_persistent_workers_at_rest_are_used_again():
     workers = [worker.pid for worker in loader._iterator._workers]
     bnstats.measure_population_stats(nn.BatchNorm1d(1), loader)
     assert [worker.pid for worker in loader._iterator._workers] == workers
+
+
+class Tagged(list):
+    """A list whose constructor takes more than its elements."""
+
+    def __init__(self, elements, tag):
+        super().__init__(elements)
+        self.tag = tag
+
+
+class Fields(UserDict):
+    """A mapping with attributes, as transformers' batches are."""
+
+    def __getattr__(self, name):
+        return self.data[name] if name != "data" else super().__getattribute__(name)
+
+
+def test_batches_of_classes_of_their_own_stay_of_their_class_with_their_attributes():
+    x = torch.randn(8, 3)
+    moved = move_to(Tagged([x, Fields(pixels=x)], "tag"), "meta")
+    assert isinstance(moved, Tagged)
+    assert moved.tag == "tag"
+    assert moved[0].is_meta
+    assert moved[1].pixels.is_meta
+    stats = bnstats.measure_population_stats(
+        nn.BatchNorm1d(3), [Fields(pixels=x)], forward=lambda model, batch: model(batch.pixels)
+    )
+    assert stats[""].count == 8
+    ordered = move_to(defaultdict(list, a=x), "meta")
+    assert ordered["a"].is_meta
+    assert ordered["b"] == []
+
+
+def test_moving_a_batch_changes_nothing_of_the_loaders():
+    x = torch.randn(8, 3)
+    for batch in (Tagged([x], "tag"), Fields(pixels=x), {"a": x}, [x]):
+        move_to(batch, "meta")
+        assert (batch[0] if isinstance(batch, list) else next(iter(batch.values()))) is x
+
+
+class OfLength:
+    """Says to have more batches than it has."""
+
+    def __init__(self, batches, length):
+        self.batches, self.length = batches, length
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_a_loader_that_ends_before_its_length_was_read_whole(method):
+    # Its batches were taken for a part of the length, and the errors came out 3 times too small.
+    batches = list(torch.randn(10, 8, 3))
+    stats, expected = (
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), loader, method=method)[""]
+        for loader in (OfLength(batches, 11), batches)
+    )
+    assert torch.equal(stats.mean_stderr, expected.mean_stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import UserDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
@@ -37,7 +39,8 @@ class Reader:
 
     Attributes:
         num_read: batches given out so far.
-        exhausted: there are no more.
+        exhausted: there are no more, of the loader's or of ``max_batches``.
+        reached_end: there are no more of the loader's.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Reader:
         call: Callable[..., Any],
     ) -> None:
         self.num_read = 0
-        self.exhausted = False
+        self.exhausted = self.reached_end = False
         self._loader = loader
         self._max_batches = max_batches
         self._progress = progress
@@ -90,6 +93,7 @@ class Reader:
             for batch in islice(loader, self._max_batches):
                 yield move_to(batch, self._device)
                 bar.update()
+        self.reached_end = self._max_batches is None or self.num_read < self._max_batches
 
 
 class BatchCounts(NamedTuple):
@@ -111,6 +115,8 @@ class BatchCounts(NamedTuple):
     def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
         """Return what one process has read."""
         length = math.nan if reader.length is None else reader.length
+        if reader.reached_end:  # whatever its length was said to be
+            length = reader.num_read
         return cls(reader.num_read, num_skipped, length, reader.exhausted)
 
     @property
@@ -138,15 +144,36 @@ def move_to(batch: Any, device: torch.device | str | None) -> Any:
     if isinstance(batch, Tensor):
         # From a device to the host it would not be safe: the host could read too early.
         return batch.to(device, non_blocking=batch.device.type == "cpu")
-    if isinstance(batch, Mapping):
-        return {key: move_to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (dict, UserDict)):
+        return _like(batch, {key: move_to(value, device) for key, value in batch.items()})
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: move_to(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move_to(value, device) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(move_to(value, device) for value in batch)
+        return _like(batch, [move_to(value, device) for value in batch])
     return batch
+
+
+def _like(batch: Any, moved: Any) -> Any:
+    """Return what was moved as a batch of the same kind, with the attributes that it has.
+
+    Of a class whose copies cannot be changed, or whose constructor takes something else, it is a
+    plain dict, list or tuple, as where torch pins a batch's memory.
+    """
+    try:
+        if isinstance(batch, tuple):
+            return type(batch)(moved)
+        same = copy.copy(batch)
+        if isinstance(batch, list):
+            same[:] = moved
+        else:
+            same.update(moved)
+        return same
+    except Exception:  # it is the class's own code that runs
+        return tuple(moved) if isinstance(batch, tuple) else moved
 
 
 class MaskedForward:
