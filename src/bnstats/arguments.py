@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from bnstats.errors import InvalidTypeError, InvalidValueError, warn
@@ -53,6 +54,18 @@ def check_has_values(layers: Mapping[str, nn.Module]) -> None:
                 f"layer '{name}' ({type(layer).__name__}): expected running statistics with "
                 "values, got tensors on the meta device: model.to_empty(device=...), then "
                 "model.load_state_dict(...)"
+            )
+
+
+def check_writable(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose running statistics were made in inference mode, outside of it."""
+    for name, layer in layers.items():
+        made_there = any(buffer.is_inference() for buffer in layer.buffers(recurse=False))
+        if made_there and not torch.is_inference_mode_enabled():
+            raise InvalidValueError(
+                f"layer '{name}' ({type(layer).__name__}): expected running statistics that can be "
+                "written to, got some that were made in torch.inference_mode() and can be written "
+                "to only there: make, or load, the model outside of it, or call this in it"
             )
 
 

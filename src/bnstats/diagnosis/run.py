@@ -31,7 +31,8 @@ from bnstats.recomputation import (
     measure_population_stats,
 )
 from bnstats.recomputation.arguments import check_loader
-from bnstats.recomputation.batches import Forward, default_device
+from bnstats.recomputation.batches import default_device
+from bnstats.recomputation.forwards import Forward
 from bnstats.traversal import first_names, named_batchnorms, no_batchnorm, unwrap
 
 

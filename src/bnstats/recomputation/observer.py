@@ -77,6 +77,7 @@ class ObservedLayer:
             all batches, so that their sums add up; None where no spread is measured.
         stand_ins: running mean and variance that take the place of the layer's own while it is
             measured; empty where nothing takes it.
+        unread: the last shape of an input that has no axis of channels where it is expected.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ObservedLayer:
     about_zero: bool
     reference: Tensor | None = None
     stand_ins: list[Tensor] = field(default_factory=list)
+    unread: list[torch.Size] = field(default_factory=list)
 
     @classmethod
     def of(cls, name: str, module: _BatchNorm, *, samples: bool = False) -> ObservedLayer:
@@ -257,6 +259,8 @@ def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
             given = given_mask(module, args, kwargs)
             with nullcontext() if given is None else use_mask(given):
                 on_input(layer, x)
+        elif isinstance(x, Tensor):
+            layer.unread[:] = [x.shape]
 
     return hook
 

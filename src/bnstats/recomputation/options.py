@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bnstats.arguments import check_function
 from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.masks import Downsample, check_downsample
-from bnstats.recomputation.batches import Forward
+from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.population import PopulationStats
 from bnstats.traversal import Include
 
@@ -45,7 +46,7 @@ def check_options(options: Options) -> None:
     _check_positive_int("max_batches", options.max_batches)
     _check_positive_int("memory_limit", options.memory_limit)
     _check_tolerance(options.tolerance)
-    if options.correction not in (0, 1):
+    if not isinstance(options.correction, Integral) or options.correction not in (0, 1):
         raise InvalidValueError(
             f"correction: expected 1 (unbiased variance) or 0 (biased), got {options.correction!r}"
         )
@@ -62,7 +63,7 @@ def check_options(options: Options) -> None:
 def _check_positive_int(name: str, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
     if value < 1:
         raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
@@ -71,11 +72,11 @@ def _check_positive_int(name: str, value: Any) -> None:
 def _check_tolerance(tolerance: Any) -> None:
     if tolerance is None:
         return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
         raise InvalidTypeError(
             f"tolerance: expected a number or None, got {type(tolerance).__name__}"
         )
-    if not 0 < tolerance < math.inf:
+    if not 0 < float(tolerance) < math.inf:
         raise InvalidValueError(
             "tolerance: expected a positive number, the largest standard error accepted "
             f"(in standard deviations, and relative for variances), got {tolerance}"

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.arguments import check_has_values
+from bnstats.arguments import check_has_values, check_writable
 from bnstats.errors import (
     InvalidTypeError,
     InvalidValueError,
@@ -113,6 +113,7 @@ class PopulationStats(Mapping[str, LayerStats]):
                 written.
         """
         layers = layers_of(self, model)
+        check_writable(layers)
         write_all(layers, self, {name: RunningStats.of(layer) for name, layer in layers.items()})
 
     def drift_from(self, model: nn.Module) -> DriftReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from bnstats.errors import (
     InvalidValueError,
     NonFiniteStatisticsError,
@@ -33,14 +35,14 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
     for layer, column in zip(task.layers, columns, strict=True):
         part = Estimate(*(values.clone() for values in column))
         if int(part.num_values[0]) == 0:
-            unseen.append(layer.name)
+            unseen.append(layer)
         else:
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
-        warn(
-            "no batch reached these layers, which keep their statistics: "
-            + ", ".join(map(repr, unseen))
-        )
+        warn(_about_unseen(task, unseen))
+    for layer in task.layers:
+        if layer.name in stats:
+            warn_of_overflow(layer, stats[layer.name])
     if task.prior is not None:
         task.prior.warn_of_one_kind()
     return PopulationStats(
@@ -49,6 +51,34 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
         num_skipped=int(counts.num_skipped),
         frozen=task.frozen,
     )
+
+
+def _about_unseen(task: Task, unseen: list[ObservedLayer]) -> str:
+    """Return which layers have no statistics, and why where that is known."""
+    names = ", ".join(repr(layer.name) for layer in unseen)
+    message = f"no batch reached these layers, which keep their statistics: {names}"
+    if len(unseen) == len(task.layers) and task.own_forward is not None and task.own_forward.unrun:
+        message += f"; the forward returned {task.own_forward.unrun}(...)"
+    for layer in unseen:
+        if layer.unread:
+            kind = type(layer.module).__name__
+            return (
+                f"{message}; '{layer.name}' ({kind}) ran on inputs of shape "
+                f"{tuple(layer.unread[0])}, and {layer.num_features} channels are expected in axis "
+                "1: move the axis outside of the layer"
+            )
+    return message
+
+
+def warn_of_overflow(layer: ObservedLayer, stats: LayerStats) -> None:
+    """Warn of a variance beyond the layer's half buffer, by which its output became 0."""
+    largest = torch.finfo(layer.running_var.dtype).max
+    if (stats.var > largest).any():
+        warn(
+            f"layer '{layer.name}' has a variance of {float(stats.var.max()):.3g}, and its "
+            f"running_var holds up to {largest:g}: it normalized to 0 what the layers behind it "
+            "were given; measure model.float(), under autocast where that is wanted"
+        )
 
 
 def check_counts(counts: BatchCounts) -> None:

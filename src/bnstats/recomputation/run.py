@@ -13,10 +13,10 @@ from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
 from bnstats.masks import Downsample
-from bnstats.recomputation.batches import Forward
 from bnstats.recomputation.collector import one_pass
 from bnstats.recomputation.drift import compare
 from bnstats.recomputation.estimators import Pooled, averaged, moving_average
+from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.layer_stats import RunningStats, write_all
 from bnstats.recomputation.layerwise import layerwise
 from bnstats.recomputation.options import Options

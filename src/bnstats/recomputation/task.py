@@ -11,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnstats.arguments import check_has_values, check_module
+from bnstats.arguments import check_has_values, check_module, check_writable
 from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
 from bnstats.recomputation.arguments import check_loader
-from bnstats.recomputation.batches import (
-    DefaultForward,
-    MaskedForward,
-    Reader,
-    default_device,
-)
+from bnstats.recomputation.batches import Reader, default_device
 from bnstats.recomputation.estimators import Estimator, Pooled
+from bnstats.recomputation.forwards import BatchForward, DefaultForward, MaskedForward
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.options import Options, check_options
 from bnstats.recomputation.population import PopulationStats
@@ -73,6 +69,7 @@ class Task:
         peers: the processes that measure together.
         interrupts: what runs the loader and, in this thread, the forward.
         prior: statistics of another data set, toward which those of the loader are drawn.
+        own_forward: what ``forward`` runs, under a mask or not; None where the caller runs it.
     """
 
     model: nn.Module
@@ -86,6 +83,7 @@ class Task:
     peers: Peers
     interrupts: Interrupts
     prior: Prior | None = None
+    own_forward: BatchForward | None = None
 
     @property
     def like(self) -> Tensor:
@@ -156,7 +154,7 @@ class Task:
 
         With a prior it is the mean's error between samples that is corrected for.
         """
-        return 0 if layer.about_zero or self.prior is not None else self.options.correction
+        return 0 if layer.about_zero or self.prior is not None else int(self.options.correction)
 
     def new_estimator(self, correction: Tensor, like: Tensor) -> Estimator:
         """Return the method's estimator; with the spread between samples, where that is taken."""
@@ -199,9 +197,13 @@ def prepare(
         ObservedLayer.of(n, x, samples=samples) for n, x in layers.items() if n not in frozen
     )
     check_sharding(inner, chosen, method)
+    check_own_statistics(chosen)
+    if not options.samples:  # they are to be written
+        check_writable({layer.name: layer.module for layer in chosen})
     forward: Callable[[Any], Any] = (
         DefaultForward(inner) if options.forward is None else partial(options.forward, inner)
     )
+    forward = own = BatchForward(forward)
     if options.mask is not None:
         forward = MaskedForward(forward, options.mask, options.downsample)
     return Task(
@@ -216,6 +218,7 @@ def prepare(
         prior=None if options.prior is None else Prior(options.prior, chosen),
         peers=peers,
         interrupts=interrupts,
+        own_forward=own,
     )
 
 
@@ -233,6 +236,20 @@ def check_prior(method: Method, options: Options) -> None:
             "tolerance: expected None with a prior, whose weight already follows from the errors; "
             "limit what is read by max_batches"
         )
+
+
+def check_own_statistics(layers: Iterable[ObservedLayer]) -> None:
+    """Refuse layers that keep their statistics in one tensor, of which each needs others."""
+    names: dict[int, str] = {}
+    for layer in layers:
+        for statistic in (layer.running_mean, layer.running_var):
+            first = names.setdefault(statistic.data_ptr(), layer.name)
+            if first != layer.name and statistic.numel():
+                raise InvalidValueError(
+                    f"layers '{first}' and '{layer.name}' share a tensor of running statistics: "
+                    "expected each layer to have its own; clone those of one, or choose one by "
+                    "include"
+                )
 
 
 def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
