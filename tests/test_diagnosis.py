@@ -532,3 +532,14 @@ def test_the_command_prints_verdict_evidence_and_remedy(tmp_path, monkeypatch, c
     assert capsys.readouterr().out.startswith("verdict: healthy\n")
     assert main([*command, "--expected", "1"]) == 2
     assert "there is no metric" in capsys.readouterr().err
+
+
+def test_a_loader_that_is_sorted_by_class_is_told_so_and_its_batches_are_not_too_small(
+    digits, healthy
+):
+    images, labels = digits.train.tensors
+    order = labels.argsort()
+    loader = list(zip(images[order].split(64), labels[order].split(64), strict=True))
+    diagnosis = bnstats.diagnose(healthy[perceptron], loader)
+    assert diagnosis.verdict == "cannot tell"
+    assert "shuffle the loader" in diagnosis.evidence[0]

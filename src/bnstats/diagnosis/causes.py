@@ -15,6 +15,9 @@ from bnstats.traversal import first_names
 _NOISY_BATCH = 0.5
 """Standard error of one batch's statistics from which on it normalizes by noise: of 4 values."""
 
+_OF_ONE_KIND = 2.0
+"""Spread between batches, over what their samples explain, from which on they are not random."""
+
 _HIGH_MOMENTUM = 0.5
 """Momentum from which on an average is worth three batches or fewer."""
 
@@ -64,6 +67,7 @@ def find_cause(cases: Mapping[str, Case]) -> Finding | None:
     checks: tuple[Callable[[Mapping[str, Case], Mapping[str, Case]], Finding | None], ...] = (
         _frozen,
         _too_few_updates,
+        _not_shuffled,
         _batch_too_small,
         _momentum_too_high,
         _lag,
@@ -92,6 +96,24 @@ def _too_few_updates(off: Mapping[str, Case], _: Mapping[str, Case]) -> Finding 
         f"{_layers(few)}: after {explained.num_updates} updates at momentum "
         f"{explained.momentum:g} the initial mean 0 and variance 1 still weigh "
         f"{explained.initial_weight:.0%}; '{worst}' is {few[worst].distance} off"
+    )
+
+
+def _not_shuffled(_: Mapping[str, Case], cases: Mapping[str, Case]) -> Finding | None:
+    unlike = {
+        name: case.explained
+        for name, case in cases.items()
+        if case.explained.of_one_batch > _NOISY_BATCH
+        and case.explained.of_one_batch > _OF_ONE_KIND * case.explained.of_its_samples
+    }
+    if not unlike:
+        return None
+    worst = max(unlike, key=lambda name: unlike[name].of_one_batch)
+    return verdict.CANNOT_TELL, (
+        f"{_layers(unlike)}: the loader's batches are of different data, in '{worst}' "
+        f"{unlike[worst].of_one_batch:.2f} sd from each other, where batches of random samples "
+        f"would be {unlike[worst].of_its_samples:.2f}: shuffle the loader, and diagnose again; "
+        "batches as these spoil the training too"
     )
 
 

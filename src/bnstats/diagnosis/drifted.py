@@ -63,17 +63,21 @@ def _combine(shift: Tensor, log_ratio: Tensor) -> float:
 
 def _stderr(stats: LayerStats) -> float:
     """Return the standard error of statistics, from their samples if known, else from batches."""
-    square = with_eps(stats.var, stats.eps)
     if stats.num_samples > 1:
-        share = stats.sample_spread[:, 0, 0] / stats.count**2
-        of_mean, of_var = stats.sample_covariance.diagonal(dim1=1, dim2=2).unbind(1)
-        # An error taken from few samples is itself unsure: the variance of Student's t.
-        few = stats.num_samples
-        share = share * ((few - 1) / (few - 3) if few > 3 else math.nan)
-        shift, ratio = (share * of_mean).sqrt(), (share * of_var).sqrt()
-    else:
-        shift, ratio = stats.mean_stderr, stats.var_stderr
-    return _combine(shift / square.sqrt(), ratio / square)
+        return _of_samples(stats, 1)
+    square = with_eps(stats.var, stats.eps)
+    return _combine(stats.mean_stderr / square.sqrt(), stats.var_stderr / square)
+
+
+def _of_samples(stats: LayerStats, num_parts: int) -> float:
+    """Return the standard error of statistics of one of so many parts, by all samples' spread."""
+    square = with_eps(stats.var, stats.eps)
+    share = num_parts * stats.sample_spread[:, 0, 0] / stats.count**2
+    of_mean, of_var = stats.sample_covariance.diagonal(dim1=1, dim2=2).unbind(1)
+    # An error taken from few samples is itself unsure: the variance of Student's t.
+    few = stats.num_samples
+    share = share * ((few - 1) / (few - 3) if few > 3 else math.nan)
+    return _combine((share * of_mean).sqrt() / square.sqrt(), (share * of_var).sqrt() / square)
 
 
 class Explained(NamedTuple):
@@ -83,7 +87,9 @@ class Explained(NamedTuple):
         momentum: its weight of a new batch; None for an average over all batches.
         num_updates: batches that it has averaged; None where it is not known.
         initial_weight: the weight of the initial 0 and 1; 0 in a debiased average.
-        of_one_batch: standard error of one batch's statistics.
+        of_one_batch: standard error of one batch's statistics, by the spread between batches.
+        of_its_samples: the same by the spread between samples, as if each batch took them at
+            random; NaN where it is not known.
         expected: that of the average, by its momentum.
         at_default: that of an average of momentum 0.1.
     """
@@ -92,6 +98,7 @@ class Explained(NamedTuple):
     num_updates: int | None
     initial_weight: float
     of_one_batch: float
+    of_its_samples: float
     expected: float
     at_default: float
 
@@ -119,6 +126,7 @@ def explain(layer: _BatchNorm, stats: LayerStats) -> Explained:
         num_updates=updates,
         initial_weight=initial_weight,
         of_one_batch=expected(1),
+        of_its_samples=_of_samples(stats, stats.num_batches) if stats.num_samples else math.nan,
         expected=expected(effective),
         at_default=expected(_DEFAULT),
     )
