@@ -18,6 +18,17 @@ SHAPES = {
 PLAIN = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
+def built(cls, num_features, **options):
+    """A layer; a momentum of 1 is set once it is there, as fvcore does: passed, it is warned of."""
+    latest_alone = options.get("momentum") == 1
+    if latest_alone:
+        del options["momentum"]
+    layer = cls(num_features, **options)
+    if latest_alone:
+        layer.momentum = 1.0
+    return layer
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of layers: one class for each number of spatial dimensions, and the base."""
@@ -29,7 +40,7 @@ class Family:
     options: dict = field(default_factory=dict)
 
     def make(self, dims, num_features=3, **options):
-        return self.layers[dims](num_features, **{**self.options, **options})
+        return built(self.layers[dims], num_features, **{**self.options, **options})
 
 
 def family(name, prefix, **kwargs):

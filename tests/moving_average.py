@@ -3,6 +3,7 @@
 import torch
 
 import bnstats
+from cases import built
 
 LAYERS = {n: getattr(bnstats, f"MovingAverageBatchNorm{n}d") for n in (1, 2, 3)}
 
@@ -12,7 +13,7 @@ ORACLE_OPTIONS = {"eps": 1e-5, **SHORT}
 
 
 def make(dims=2, channels=3, **options):
-    return LAYERS[dims](channels, **{**SHORT, **options})
+    return built(LAYERS[dims], channels, **{**SHORT, **options})
 
 
 def state(layer):

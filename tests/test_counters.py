@@ -136,7 +136,8 @@ def test_a_layer_without_torchs_counter_trains_and_evaluates(run, family, moment
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 def test_without_a_counter_the_plain_rule_is_still_torchs(run, momentum):
-    layer = bnstats.EMABatchNorm2d(3, momentum=momentum, debias=False, pooled=False)
+    options = {"momentum": momentum, "debias": False, "pooled": False}
+    layer = cases.built(bnstats.EMABatchNorm2d, 3, **options)
     plain = nn.BatchNorm2d(3, momentum=momentum)
     layer.num_batches_tracked = plain.num_batches_tracked = None
     for x in cases.batches((4, 3, 5, 5), 3):

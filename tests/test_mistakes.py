@@ -226,7 +226,23 @@ def test_a_conversion_warns_once_of_a_momentum_that_it_was_given_and_never_of_th
 
 
 @cases.each_family
-@pytest.mark.parametrize("momentum", [None, 0, 0.02, 0.5, 1, 1.0])
+@pytest.mark.parametrize("momentum", [1, 1.0])
+def test_a_momentum_of_one_is_warned_of_where_a_user_passes_it(family, momentum):
+    # In Keras statistics would never move with it; here nothing else stays.
+    says = "momentum=1 keeps the statistics of the latest batch alone.*momentum=0 leaves them"
+    for cls in (family.base, *family.layers.values()):
+        with pytest.warns(BnstatsWarning, match=f"^{cls.__name__}: {says}"):
+            cls(3, momentum=momentum)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    with pytest.warns(BnstatsWarning, match=says) as caught:
+        convert(model, family.name, momentum=momentum)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    convert(nn.BatchNorm2d(3, momentum=momentum), family.name)  # the layer's own: no warning
+
+
+@cases.each_family
+@pytest.mark.parametrize("momentum", [None, 0, 0.02, 0.5])
 def test_other_values_of_momentum_are_not_warned_of(family, momentum):
     family.make(2, momentum=momentum)  # warnings are errors here
 
@@ -244,6 +260,8 @@ def test_an_estimate_for_a_momentum_above_a_half_warns_too():
     stats = bnstats.measure_population_stats(network(), images())
     with pytest.warns(BnstatsWarning, match=KERAS):
         bnstats.estimate_running_error(stats, momentum=0.99)
+    (error,) = bnstats.estimate_running_error(stats, momentum=1).values()
+    assert error.effective_batches == 1
 
 
 def test_a_mistyped_option_is_answered_with_the_nearest():

@@ -8,7 +8,7 @@ from torch import nn
 
 import bnstats
 import oracles
-from cases import state
+from cases import built, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,11 +16,11 @@ BAD = [math.nan, math.inf, -math.inf, 1e8, 1e30]
 
 
 def ema(**options):
-    return bnstats.EMABatchNorm2d(3, **options)
+    return built(bnstats.EMABatchNorm2d, 3, **options)
 
 
 def cumulative(**options):
-    return bnstats.CumulativeBatchNorm2d(3, **options)
+    return built(bnstats.CumulativeBatchNorm2d, 3, **options)
 
 
 REPLACING = {
@@ -101,7 +101,7 @@ def test_a_batch_that_is_not_finite_replaces_nothing(run, make):
 @pytest.mark.parametrize("momentum", [1.0, None])
 @pytest.mark.parametrize("value", BAD)
 def test_about_zero_the_old_mean_square_leaves_nothing_behind(run, momentum, value):
-    layer = bnstats.MovingAverageBatchNorm2d(3, momentum=momentum)
+    layer = built(bnstats.MovingAverageBatchNorm2d, 3, momentum=momentum)
     layer.running_var[1] = abs(value)
     x = torch.randn(4, 3, 5, 5)
     run(layer, x)

@@ -131,7 +131,8 @@ def test_cumulative_replaces_a_plain_checkpoints_statistics_with_the_first_batch
 
 
 def test_cumulative_with_momentum_one_counts_the_latest_batch_alone():
-    layer = CumulativeBatchNorm1d(3, momentum=1.0)
+    layer = CumulativeBatchNorm1d(3)
+    layer.momentum = 1.0
     for n in (8, 6, 4):
         layer(torch.randn(n, 3))
     assert int(layer.num_values_tracked) == 4

@@ -107,15 +107,24 @@ def _instead_of_names(names: object) -> str:
 def warn_of_momentum(name: str, momentum: float | None) -> None:
     """Warn of a momentum that looks like the weight of the old average.
 
-    With 1, which in that convention is of no use, the statistics are the latest batch's alone.
+    Tools that use momentum 1 on purpose (fvcore's precise batch norm) set the attribute of layers
+    that exist; a user who builds a layer with it may expect statistics that never move.
     """
-    if momentum is not None and 0.5 < momentum < 1:
-        new, old = f"{momentum:.4g}", f"{1 - momentum:.4g}"
-        warn(
-            f"{name}: momentum={new} weighs the new batch by {new} and the running statistics by "
-            f"{old}, as in PyTorch; in Keras and Flax momentum is the weight of the running "
-            f"statistics: {new} there is {old} here"
+    if momentum is None or momentum <= 0.5:
+        return
+    if momentum == 1:
+        meaning = (
+            "keeps the statistics of the latest batch alone, as in PyTorch; momentum=0 leaves them "
+            "as they are, and momentum=None averages all batches"
         )
+        warn(f"{name}: momentum=1 {meaning}. To use it on purpose, set layer.momentum = 1.0")
+        return
+    new, old = f"{momentum:.4g}", f"{1 - momentum:.4g}"
+    warn(
+        f"{name}: momentum={new} weighs the new batch by {new} and the running statistics by "
+        f"{old}, as in PyTorch; in Keras and Flax momentum is the weight of the running "
+        f"statistics: {new} there is {old} here"
+    )
 
 
 def describe_channels_last(shape: tuple[int, ...], num_channels: int | None = None) -> str:

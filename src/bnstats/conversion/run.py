@@ -126,7 +126,8 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
             converted layer lacks them. The message names the layer; the model is unchanged.
 
     Warns:
-        BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without.
+        BnstatsWarning: there is nothing to convert; a layer with a mean becomes one without; a
+            ``momentum`` above 0.5 is passed, which may be Keras's. A layer's own is not warned of.
 
     Note:
         ``nn.SyncBatchNorm.convert_sync_batchnorm`` comes first, and this function second; or

@@ -64,7 +64,7 @@ def estimate_running_error(
     Args:
         stats: measured over at least two batches of the size that training uses; best by
             ``method="batch_average"``, whose variances are those that ``nn.BatchNorm`` averages.
-        momentum: weight of the new batch, in (0, 1].
+        momentum: weight of the new batch, in (0, 1]; 1 asks for the error of a single batch.
         num_batches: t; by default infinite. ``nn.BatchNorm`` is not debiased: its initial
             value still weighs ``(1 - momentum)^t``.
 
@@ -91,7 +91,8 @@ def estimate_running_error(
         raise InvalidTypeError(f"momentum: expected a number, got {type(momentum).__name__}")
     if not 0 < momentum <= 1:
         raise InvalidValueError(f"momentum: expected a number in (0, 1], got {momentum}")
-    warn_of_momentum("estimate_running_error", float(momentum))
+    if momentum < 1:  # the error of a single batch is a fair question
+        warn_of_momentum("estimate_running_error", float(momentum))
     if num_batches is not None and num_batches < 1:
         raise InvalidValueError(f"num_batches: expected 1 or more, got {num_batches}")
     forgotten = 0.0 if num_batches is None else (1 - momentum) ** num_batches

@@ -53,7 +53,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         eps: added to the variance before the square root.
         momentum: kept for the way back to ``nn.BatchNorm``, and of no effect but for 1.0, with
             which the statistics are those of the latest batch alone (fvcore's
-            ``update_bn_stats`` asks for that), and 0.0, with which nothing moves.
+            ``update_bn_stats`` sets the attribute so), and 0.0, with which nothing moves. Above
+            0.5 a warning says what Keras and Flax call so.
         affine: learn a weight and a bias per channel.
         track_running_stats: False keeps no running statistics; evaluation then uses the
             batch's, as in ``nn.BatchNorm``.

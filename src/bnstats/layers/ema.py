@@ -45,8 +45,8 @@ class EMABatchNorm(RunningStatsBatchNorm):
     Args:
         num_features: C, the number of channels.
         eps: added to the variance before the square root.
-        momentum: weight of the new batch in the limit, in [0, 1]. 1 keeps the latest batch alone;
-            None weighs batch t by 1/t.
+        momentum: weight of the new batch in the limit, in [0, 1]; None weighs batch t by 1/t. 1
+            keeps the latest batch alone. Above 0.5 a warning says what Keras and Flax call so.
         affine: learn a weight and a bias per channel.
         track_running_stats: False keeps no running statistics; evaluation then uses the
             batch's, as in ``nn.BatchNorm``.

@@ -64,7 +64,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         num_features: C, the number of channels.
         eps: added to the variance before the square root.
         momentum: weight of the new value in running_var, in [0, 1]; None averages all of them;
-            with 0 nothing moves, windows and counters included.
+            with 0 nothing moves, windows and counters included. Above 0.5 a warning says what
+            Keras and Flax call so.
         affine: learn a weight and a bias per channel.
         track_running_stats: True; the windows cannot do without.
         device: of parameters and buffers.
