@@ -68,7 +68,7 @@ def test_results_are_displayed_as_tables(outputs, cell):
     ("cell", "begins"),
     [
         ("result.drift['0']", "Drift(mean_shift=<"),
-        ("result.before", "{'0': RunningStats(mean=<0 to 0, 8 values>"),
+        ("result.before", "{'0': RunningStats(mean=<0, 8 values>"),
         (CELLS[8], "BatchStatsRecord of 2 layers\n{'0': LayerRecord("),
     ],
 )

@@ -57,7 +57,7 @@ def test_no_public_value_shows_more_than_a_screen(values):
 
 
 def test_an_observation_tells_how_much_it_has_seen(values):
-    assert repr(values["Observation"]) == "Observation(1 forwards of 60 layers)"
+    assert repr(values["Observation"]) == "Observation(1 forward of 60 layers)"
 
 
 def test_every_public_value_is_among_them(values):
@@ -82,12 +82,34 @@ def test_a_few_channels_are_shown_in_full_and_many_by_their_range():
     many = bnstats.Moments(2, torch.arange(100.0), torch.full((100,), torch.nan))
     assert repr(many) == ("Moments(count=2, mean=<0 to 99, 100 values>, m2=<100 NaN, 100 values>)")
     some = bnstats.RunningStats(torch.tensor([torch.nan] + [1.0] * 9), torch.ones(2, device="meta"))
-    assert repr(some) == (
-        "RunningStats(mean=<1 to 1, 1 NaN, 10 values>, var=meta tensor of shape (2,))"
-    )
+    assert repr(some) == ("RunningStats(mean=<1, 1 NaN, 10 values>, var=meta tensor of shape (2,))")
     assert repr(bnstats.Moments(torch.tensor([1, 2]), torch.ones(2), torch.ones(2))) == (
         "Moments(count=[1, 2], mean=[1, 1], m2=[1, 1])"
     )
+
+
+def test_one_layer_of_one_channel_reads_as_one():
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    batches = [torch.tensor([[1.0], [3.0]]), torch.tensor([[torch.nan], [1.0]])]
+    result = bnstats.recompute_population_stats(model, batches, on_nonfinite="skip")
+    assert str(result).startswith(
+        "1 BatchNorm layer recalibrated, method 'pooled', 1 batch with non-finite statistics "
+        "skipped\n"
+    )
+    assert str(result.after).splitlines()[-1].split() == ["0", "1", "2", "1", "2", "2"]
+    assert str(result.drift).startswith("1 BatchNorm layer, running")
+    assert repr(result.after["0"]) == (
+        "LayerStats(count=2, num_batches=1, mean=[2], var=[2], mean_stderr=[nan], "
+        "var_stderr=[nan], correction=1, eps=1e-05, num_samples=0, mean_weight=1, var_weight=1)"
+    )
+    with bnstats.observe(model) as seen:
+        model(batches[0])
+    assert repr(seen) == "Observation(1 forward of 1 layer)"
+    with bnstats.record_batch_stats(model) as record:
+        model(batches[0])
+    assert repr(record).startswith("BatchStatsRecord of 1 layer\n")
+    (error,) = bnstats.estimate_running_error(result.after).values()
+    assert "effective_batches=19, " in repr(error)
 
 
 class Tags(html.parser.HTMLParser):

@@ -113,6 +113,12 @@ def test_half_of_a_name_is_answered_with_the_whole():
         getattr(bnstats, "nothing")  # noqa: B009
 
 
+def test_a_mistyped_name_is_answered_with_the_nearest():
+    with pytest.raises(AttributeError, match=r"'EMABatchnorm2d'; there is EMABatchNorm2d$"):
+        getattr(bnstats, "EMABatchnorm2d")  # noqa: B009
+    assert not hasattr(bnstats, "__path_of_a_tool__")
+
+
 @cases.each_family
 def test_every_layer_tells_its_options(family):
     for cls in (family.base, *family.layers.values()):

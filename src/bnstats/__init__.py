@@ -23,6 +23,7 @@ The map:
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from bnstats.conversion import convert_batchnorm, revert_batchnorm
@@ -139,7 +140,10 @@ def __dir__() -> list[str]:
 if not TYPE_CHECKING:  # a type checker would take every name for one of the package's
 
     def __getattr__(name: str) -> object:
-        # A name that is missing is often the first half of one: bnstats.convert.
-        longer = [public for public in __all__ if public.startswith(f"{name}_")]
-        hint = f"; there is {' and '.join(longer)}" if longer else ""
+        # A name that is missing is often the first half of one, bnstats.convert, or one mistyped.
+        # Tools ask for names of their own, with underscores: these are answered at once.
+        near = [public for public in __all__ if public.startswith(f"{name}_")]
+        if not near and not name.startswith("_"):
+            near = get_close_matches(name, __all__, n=1, cutoff=0.8)
+        hint = f"; there is {' and '.join(near)}" if near else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -25,21 +25,30 @@ def summarize(values: Tensor) -> str:
 
 
 def extent(values: Tensor) -> str:
-    """Return the least and the largest of some values, and how many are NaN."""
+    """Return the least and the largest of some values, one where they are equal, and the NaNs."""
     known = values[~values.isnan()]
     missing = values.numel() - known.numel()
     if known.numel() == 0:
         return f"{missing} NaN"
-    return f"{known.min():.4g} to {known.max():.4g}" + (f", {missing} NaN" if missing else "")
+    least, largest = f"{known.min():.4g}", f"{known.max():.4g}"
+    span = least if least == largest else f"{least} to {largest}"
+    return span + (f", {missing} NaN" if missing else "")
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, "1 layer" or "2 layers"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
 
 
 def describe(name: str, fields: Mapping[str, Any]) -> str:
-    """Return what a class's ``repr`` is, tensors summarized."""
-    shown = (
-        f"{key}={summarize(value) if isinstance(value, Tensor) else repr(value)}"
-        for key, value in fields.items()
-    )
-    return f"{name}({', '.join(shown)})"
+    """Return what a class's ``repr`` is, tensors summarized and numbers rounded."""
+    return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in fields.items())})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Tensor):
+        return summarize(value)
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def describe_mapping(mapping: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.diagnosis import verdict
 from bnstats.diagnosis.drifted import MATERIAL, Distance, Explained
+from bnstats.formatting import counted
 from bnstats.traversal import first_names
 
 _NOISY_BATCH = 0.5
@@ -190,4 +191,4 @@ def _worst(cases: Mapping[str, Case]) -> str:
 
 def _layers(names: Iterable[str]) -> str:
     names = list(names)
-    return f"{len(names)} layer{'s' * (len(names) > 1)} ({first_names(names)})"
+    return f"{counted(len(names), 'layer')} ({first_names(names)})"

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnstats.arguments import check_module
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
-from bnstats.formatting import describe_mapping
+from bnstats.formatting import counted, describe_mapping
 from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
@@ -133,7 +133,7 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
         return len(self._layers)
 
     def __repr__(self) -> str:
-        return f"BatchStatsRecord of {len(self)} layers\n{describe_mapping(self)}"
+        return f"BatchStatsRecord of {counted(len(self), 'layer')}\n{describe_mapping(self)}"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from bnstats.diagnosis.causes import Case, Finding, about_dropout, find_cause
 from bnstats.diagnosis.drifted import MATERIAL, Distance, distance
 from bnstats.diagnosis.metric import summarize
 from bnstats.diagnosis.verdict import Measured
+from bnstats.formatting import counted
 from bnstats.recomputation import Drift, PopulationStats, RunningStats
 from bnstats.recomputation.drift import compare
 
@@ -85,7 +86,7 @@ def _worst(cases: Mapping[str, Case]) -> str:
     far: dict[str, Distance] = {name: case.distance for name, case in cases.items()}
     worst = max(far, key=lambda name: far[name].size)
     return (
-        f"{len(cases)} BatchNorm layer{'s' * (len(cases) > 1)}: '{worst}', the farthest, is "
+        f"{counted(len(cases), 'BatchNorm layer')}: '{worst}', the farthest, is "
         f"{far[worst]} from the loader's population"
     )
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bnstats.formatting import MAX_ROWS, describe, html_bar, html_table, remainder
+from bnstats.formatting import MAX_ROWS, counted, describe, html_bar, html_table, remainder
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats, with_eps
 from bnstats.traversal import ByLayer
 
@@ -78,7 +78,7 @@ class DriftReport(ByLayer[Drift]):
 
     @property
     def _heading(self) -> str:
-        layers = "1 BatchNorm layer" if len(self) == 1 else f"{len(self)} BatchNorm layers"
+        layers = counted(len(self), "BatchNorm layer")
         return f"{layers}, running against population statistics"
 
     def __str__(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidValueError, warn
+from bnstats.formatting import counted
 from bnstats.hooks import Hook
 from bnstats.interrupts import Interrupts
 from bnstats.private import in_backward_pass, intercepted
@@ -111,7 +112,8 @@ class Observation:
         self._num_hidden = 0
 
     def __repr__(self) -> str:
-        return f"Observation({self.num_batches} forwards of {len(self._task.layers)} layers)"
+        forwards = counted(self.num_batches, "forward")
+        return f"Observation({forwards} of {counted(len(self._task.layers), 'layer')})"
 
     @property
     def num_batches(self) -> int:

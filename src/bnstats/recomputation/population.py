@@ -17,7 +17,7 @@ from bnstats.errors import (
     UnknownLayerError,
     nearest,
 )
-from bnstats.formatting import MAX_ROWS, extent, html_table, remainder, text_table
+from bnstats.formatting import MAX_ROWS, counted, extent, html_table, remainder, text_table
 from bnstats.recomputation import files
 from bnstats.recomputation.drift import DriftReport, compare
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats, write_all
@@ -83,7 +83,7 @@ class PopulationStats(Mapping[str, LayerStats]):
 
     @property
     def _heading(self) -> str:
-        layers = "1 BatchNorm layer" if len(self) == 1 else f"{len(self)} BatchNorm layers"
+        layers = counted(len(self), "BatchNorm layer")
         return f"population statistics of {layers}, method {self.method!r}"
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.formatting import counted
 from bnstats.recomputation.drift import DriftReport, html, shortened, table
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats
 from bnstats.recomputation.population import PopulationStats
@@ -49,9 +50,11 @@ class Recalibration:
     @property
     def _heading(self) -> str:
         skipped = self.after.num_skipped
-        head = f"{len(self.after)} BatchNorm layers recalibrated, method {self.after.method!r}"
+        layers = counted(len(self.after), "BatchNorm layer")
+        head = f"{layers} recalibrated, method {self.after.method!r}"
         if skipped:
-            head += f", {skipped} batches with non-finite statistics skipped"
+            batches = counted(skipped, "batch", "batches")
+            head += f", {batches} with non-finite statistics skipped"
         if frozen := self.after.frozen:
             names = ", ".join(map(repr, frozen))
             head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
