@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 from torch import nn
@@ -218,7 +219,8 @@ def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> lis
     return names
 
 
-def _annotated(cls: type | None) -> set[str]:
+@cache  # asked for each layer of a model; and the classes that are known are few
+def _annotated(cls: type[nn.Module] | None) -> frozenset[str]:
     """Return the names of the attributes that a class and its bases declare."""
     bases = () if cls is None else cls.__mro__
-    return {name for base in bases for name in inspect.get_annotations(base)}
+    return frozenset(name for base in bases for name in inspect.get_annotations(base))
