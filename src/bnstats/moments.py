@@ -56,6 +56,8 @@ def fold(
     new_mean = _add_quotient(mean, delta, size)
     if isinstance(fade, Tensor):
         change = torch.addcmul(batch_spread, spread, fade, value=-1)
+    elif torch.compiler.is_compiling():  # of an alpha, torch asks whether it is 1
+        change = batch_spread - spread * fade
     else:
         change = torch.sub(batch_spread, spread, alpha=fade)
     if isinstance(between, Tensor):
