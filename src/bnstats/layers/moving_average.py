@@ -109,6 +109,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         Under activation checkpointing a forward that runs again gets what it got the first
         time, found among the last m forwards by its mean squares; it moves nothing.
         A loss scale is in psi: when it changes, Psi is off for a window. bfloat16 needs none.
+        ``torch.export`` keeps no backward: the gradient of an exported training forward is the
+        derivative of its output, var and r being constants.
 
     Example:
         >>> import torch

@@ -149,7 +149,6 @@ _NORMALIZE = register(
 )
 
 
-@np.errstate(all="ignore")  # torch does not warn of what is not finite either
 def _add_gradient(
     gradients: Tensor, gradient_steps: Tensor, step: Tensor, psi: Tensor, warmup: int
 ) -> Tensor:
@@ -157,7 +156,9 @@ def _add_gradient(
     psi = psi.detach()  # a traced step is given weights that require a gradient
     if on_host(psi):
         arrays = (gradients.numpy(), gradient_steps.numpy(), int(step), psi.numpy())
-        return torch.from_numpy(ring_buffer.add_on_host(*arrays, warmup))
+        # Torch does not warn of what is not finite either. (No decorator: export traces none.)
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(ring_buffer.add_on_host(*arrays, warmup))
     ring, owners, mean = ring_buffer.add_on_device(gradients, gradient_steps, step, psi, warmup)
     moves = step > 0
     replace_where(gradients, moves, ring)
