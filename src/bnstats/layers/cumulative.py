@@ -159,12 +159,15 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
 
     def _publish(self) -> None:
         mean, var, *_ = shown = self._shown()
-        mean.copy_(self._buffers["exact_mean"])  # type: ignore[arg-type]
-        var.copy_(self._buffers["exact_var"])  # type: ignore[arg-type]
-        if not is_traced():
+        traced = is_traced()
+        for running, name in ((mean, "exact_mean"), (var, "exact_var")):
+            exact = self._buffers[name]
+            assert exact is not None
+            # An exported program does not decompose where two buffers get one value.
+            running.copy_(exact.to(running.dtype, copy=True) if traced else exact)
+        if not traced:
             self._versions.remember(shown)
 
-    @torch.no_grad()
     def _reconcile(self) -> None:
         """Go on from what others have written to the running statistics and the counter."""
         mean, var, *num_batches = self._shown()
