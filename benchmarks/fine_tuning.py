@@ -202,6 +202,9 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
     photos = synthetic_photos(network.size) if synthetic else _photos(folder, network.size)
     torch.manual_seed(seed)
     model = network.make(len(photos.classes))
+    if cell.batch > 2:
+        # 1.4 times as fast at a batch of 16; no faster at 2, where moving averages lose a tenth.
+        model.to(memory_format=torch.channels_last)
     VARIANTS[cell.variant](model, cell, network.gradient_batch)
     curve: list[tuple[int, float, float]] = []
 
