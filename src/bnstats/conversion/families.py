@@ -207,7 +207,8 @@ def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> lis
     """
     names = ["forward"] if "forward" in vars(module) else []
     # A property may also stand for a parameter, a buffer or an option that an instance has.
-    state = {*module._parameters, *module._buffers, *_annotated(known)}
+    declared = frozenset() if known is None else _annotated(known)
+    state = {*module._parameters, *module._buffers, *declared}
     for base in written_class(module).__mro__:
         if base is known or known is None:
             break
@@ -220,7 +221,6 @@ def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> lis
 
 
 @cache  # asked for each layer of a model; and the classes that are known are few
-def _annotated(cls: type[nn.Module] | None) -> frozenset[str]:
+def _annotated(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names of the attributes that a class and its bases declare."""
-    bases = () if cls is None else cls.__mro__
-    return frozenset(name for base in bases for name in inspect.get_annotations(base))
+    return frozenset(name for base in cls.__mro__ for name in inspect.get_annotations(base))
