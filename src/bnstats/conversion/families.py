@@ -207,7 +207,7 @@ def _overridden_methods(known: type[nn.Module] | None, module: nn.Module) -> lis
     """
     names = ["forward"] if "forward" in vars(module) else []
     # A property may also stand for a parameter, a buffer or an option that an instance has.
-    declared = frozenset() if known is None else _annotated(known)
+    declared = frozenset() if known is None else _annotated(known)  # type: ignore[arg-type]
     state = {*module._parameters, *module._buffers, *declared}
     for base in written_class(module).__mro__:
         if base is known or known is None:
