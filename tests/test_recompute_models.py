@@ -333,3 +333,12 @@ def test_a_subclass_that_is_called_with_its_own_keyword_is_observed():
     with bnstats.record_batch_stats(model) as record:
         model(x)
     torch.testing.assert_close(record["norm"].mean[0], x.double().mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_layers_around_a_part_in_torchscript_are_measured(method):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval())
+    model = nn.Sequential(nn.BatchNorm1d(3), scripted, nn.BatchNorm1d(3))
+    stats = bnstats.measure_population_stats(model, torch.randn(40, 3).split(10), method=method)
+    assert [*stats] == ["0", "2"]

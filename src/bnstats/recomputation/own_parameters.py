@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from bnstats.errors import InvalidValueError
@@ -17,7 +18,9 @@ class OwnParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._of = {module: dict(module._parameters) for module in model.modules()}
+        # (TorchScript's can be replaced by nobody.)
+        modules = (x for x in model.modules() if not isinstance(x, torch.jit.ScriptModule))
+        self._of = {module: dict(module._parameters) for module in modules}
 
     def check(self, layer: ObservedLayer) -> None:
         """Refuse a forward that has replaced a layer's weight.
