@@ -79,6 +79,19 @@ def test_the_spread_between_samples_is_that_of_their_means_and_mean_squares(batc
     np.testing.assert_allclose(stats.sample_covariance, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+@pytest.mark.parametrize("batch", [1, 13])
+def test_the_spread_between_samples_is_right_for_data_far_from_the_running_mean(method, batch):
+    # Squares about a mean 30,000 standard deviations away have no digit left of their spread.
+    x = images(40) + 30_000
+    batches = [x[:0], *x.split(batch), x[:0]]
+    stats = bnstats.measure_population_stats(nn.BatchNorm2d(2), batches, method=method)[""]
+    means, squares = moments_of_samples(x)
+    expected = [np.cov(means[:, c], squares[:, c]) for c in range(2)]
+    assert stats.num_samples == 40
+    np.testing.assert_allclose(stats.sample_covariance, expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "x",
     [

@@ -27,7 +27,7 @@ from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
-from bnstats.recomputation.spread import merged_states, state_of_units
+from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
 from bnstats.traversal import num_features
 
@@ -73,8 +73,8 @@ class ObservedLayer:
         module: the layer.
         about_zero: whether its statistics are about zero: what its method
             ``statistics_about_zero()``, which any layer may have, returns.
-        reference: the center of the spread between samples, of shape (C,). It is the same for
-            all batches, so that their sums add up; None where no spread is measured.
+        reference: the center of the spread between samples, of shape (C,), for batches that are
+            not far from it; None where no spread is measured.
         stand_ins: running mean and variance that take the place of the layer's own while it is
             measured; empty where nothing takes it.
         unread: the last shape of an input that has no axis of channels where it is expected.
@@ -151,7 +151,8 @@ class ObservedLayer:
             means = torch.zeros_like(means)
         of_each = counts.squeeze(1) if isinstance(counts, Tensor) else counts
         count, mean, m2 = merge_all(of_each, means, m2s)
-        samples = state_of_units(means, m2s, counts, reference.to(means.device))
+        reference = center_near(mean, m2 / count, reference.to(mean.device))
+        samples = state_of_units(means, m2s, counts, reference)
         return LayerMoments(int(count), mean, m2, samples)
 
     def normalize_with_batch(self, moments: LayerMoments) -> None:

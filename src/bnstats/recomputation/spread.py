@@ -19,6 +19,10 @@ STATE_ROWS = 2 + len(_PRODUCTS)
 """Rows of a spread's state."""
 
 
+_FAR = 100.0
+"""Standard deviations from which on a reference is far off: squares keep 8 digits of variances."""
+
+
 def _symmetric(kept: Tensor) -> Tensor:
     """Return the matrix, (3, 3, C), of these entries, (6, C)."""
     positions = [_PRODUCTS.index((min(i, j), max(i, j))) for i in range(3) for j in range(3)]
@@ -65,12 +69,21 @@ def state_of_units(mean: Tensor, m2: Tensor, count: Number, reference: Tensor) -
     return torch.cat([head, torch.stack([u, q, u * u, u * q, q * q]).sum(1).mul_(count**2)])
 
 
+def center_near(mean: Tensor, var: Tensor, reference: Tensor) -> Tensor:
+    """Return what to take mean squares about: the reference, or the mean where that is far off.
+
+    Of squares that are much larger than the variance, their own spread would lose all digits. One
+    reference for all batches, where it serves, saves bringing them to one.
+    """
+    return torch.where((mean - reference).square() > _FAR**2 * var, mean, reference)
+
+
 def merged_states(states: Sequence[Tensor]) -> Tensor:
-    """Return the state of the units of all, which are about one reference."""
-    num_units, reference, sums = states[0][:1], states[0][1:2], states[0][2:]
-    for state in states[1:]:
-        num_units, sums = num_units + state[:1], sums + state[2:]
-    return torch.cat([num_units, reference, sums])
+    """Return the state of the units of all, about the reference of the first."""
+    merged = Spread(states[0][0], about_reference=True)
+    for state in states:
+        merged.merge_state(state)
+    return merged.state()
 
 
 class Spread:
