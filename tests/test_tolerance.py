@@ -200,3 +200,14 @@ def test_skipped_batches_are_no_part_of_the_errors():
 def test_a_tolerance_that_is_none_says_so(tolerance, error, says):
     with pytest.raises(error, match=says):
         measure_3(torch.randn(3, 4, 3), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_a_loader_that_begins_with_bad_batches_is_read_on(method):
+    # Where no layer was reached yet, all layers were found to be sure.
+    bad, good = [torch.full((4, 3), torch.nan)] * 9, list(torch.randn(20, 64, 3))
+    stats = bnstats.measure_population_stats(
+        nn.BatchNorm1d(3), bad + good, method=method, tolerance=0.1, on_nonfinite="skip"
+    )
+    assert stats[""].num_batches >= 2
+    assert stats.num_skipped == 9
