@@ -1,15 +1,14 @@
 """A recalibration is a transaction: after any failure the model is unchanged."""
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import bnstats
-from bnstats.errors import (
-    NonFiniteStatisticsError,
-)
+from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
 from networks import METHODS, assert_untouched, mix_modes, snapshot, trained, uneven
 
 
@@ -144,3 +143,44 @@ def test_each_modules_own_training_flag_comes_back():
     flags = [module.training for module in model.modules()]
     bnstats.recompute_population_stats(model, uneven())
     assert [module.training for module in model.modules()] == flags
+
+
+@pytest.mark.parametrize("method", [*METHODS, "layerwise", "sweeps"])
+def test_a_model_that_is_being_measured_is_refused_and_comes_back_as_it_was(method):
+    # Of two measurements at a time, the one that ended last put back what the other had put in.
+    model, data = trained(), uneven()
+    before = snapshot(model)
+
+    def measuring(model, batch):
+        bnstats.measure_population_stats(model, [batch])
+
+    with pytest.raises(InvalidValueError, match="is being measured already"):
+        bnstats.measure_population_stats(model, data, method=method, forward=measuring)
+    assert_untouched(model, before)
+    errors = []
+
+    def elsewhere(model, batch):
+        def run():
+            try:
+                bnstats.recompute_population_stats(model, data, include=lambda name, _: name == "1")
+            except InvalidValueError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        return model(batch)
+
+    stats = bnstats.measure_population_stats(model, data, method=method, forward=elsewhere)
+    assert len(errors) == stats["1"].num_batches * (3 if method == "sweeps" else 1)
+    assert_untouched(model, before)
+
+
+def test_undo_of_a_layer_that_has_lost_its_statistics_says_so_and_writes_nothing():
+    model = trained()
+    result = bnstats.recompute_population_stats(model, uneven())
+    model[5].running_mean = None
+    before = model[1].running_mean.clone()
+    with pytest.raises(InvalidValueError, match=r"undo: layer '5' .*running_mean"):
+        result.undo()
+    assert torch.equal(model[1].running_mean, before)

@@ -26,6 +26,7 @@ from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
+from bnstats.recomputation.exclusive import exclusively
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
@@ -216,27 +217,28 @@ def observed(
     The layers' own buffers are never written to: copies take their place meanwhile.
     """
     layers = list(layers)
-    training = [(module, module.training) for module in model.modules()]
-    buffers = [(x, x.running_mean, x.running_var) for x in layers]
+    with exclusively(model):
+        training = [(module, module.training) for module in model.modules()]
+        buffers = [(x, x.running_mean, x.running_var) for x in layers]
 
-    def checked(layer: ObservedLayer, input: Tensor) -> None:
-        layer.check_stand_ins()
-        on_input(layer, input)
+        def checked(layer: ObservedLayer, input: Tensor) -> None:
+            layer.check_stand_ins()
+            on_input(layer, input)
 
-    try:
-        for module, _ in training:
-            module.training = False
-        for layer in layers:
-            # A layer may also be reached without its hooks, and is then what it is in evaluation.
-            layer.stand_in(layer.running_mean.clone(), layer.running_var.clone())
-        with hooked(layers, checked), torch.no_grad(), eager():
-            yield
-    finally:
-        for layer, mean, var in buffers:
-            layer.module.running_mean, layer.module.running_var = mean, var
-            layer.stand_ins.clear()
-        for module, was_training in training:
-            module.training = was_training
+        try:
+            for module, _ in training:
+                module.training = False
+            for layer in layers:
+                # A layer that is reached without its hooks is then what it is in evaluation.
+                layer.stand_in(layer.running_mean.clone(), layer.running_var.clone())
+            with hooked(layers, checked), torch.no_grad(), eager():
+                yield
+        finally:
+            for layer, mean, var in buffers:
+                layer.module.running_mean, layer.module.running_var = mean, var
+                layer.stand_ins.clear()
+            for module, was_training in training:
+                module.training = was_training
 
 
 @contextmanager

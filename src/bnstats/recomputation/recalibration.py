@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.errors import InvalidValueError
 from bnstats.formatting import counted
 from bnstats.recomputation.drift import DriftReport, html, shortened, table
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats
@@ -39,7 +40,17 @@ class Recalibration:
     _layers: Mapping[str, _BatchNorm]
 
     def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit."""
+        """Put the running statistics from before back, bit for bit.
+
+        Raises:
+            InvalidValueError: a layer has none any more; nothing is written.
+        """
+        for name, layer in self._layers.items():
+            if layer.running_mean is None or layer.running_var is None:
+                raise InvalidValueError(
+                    f"undo: layer '{name}' ({type(layer).__name__}): expected a running_mean and a "
+                    "running_var, as when it was recalibrated, got None"
+                )
         for name, running in self.before.items():
             running.write_to(self._layers[name])
 
