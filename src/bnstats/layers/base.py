@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnstats.arguments import describe_channels_last, warn_of_momentum
 from bnstats.errors import InvalidTypeError, InvalidValueError
@@ -17,6 +17,7 @@ from bnstats.layers.functionalized import forward_below
 from bnstats.layers.given_moments import by_definition, normalize, scale_and_shift
 from bnstats.layers.mask_recall import MaskRecall, mask_of_forward
 from bnstats.layers.replicas import Replicas, check_reverse_mode
+from bnstats.layers.symbolic import Unscriptable, call_in_graph
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
 from bnstats.masks import Mask
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class RunningStatsBatchNorm(TrackingBatchNorm):
+class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
     """BatchNorm with running statistics of its own; everything else is torch's.
 
     Evaluation normalizes by the running statistics and training by the batch's own, as
@@ -148,6 +149,10 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             mask: boolean, of the input's shape without its channel axis, or broadcastable to
                 it; True for the positions whose values count. Every position is normalized.
         """
+        if isinstance(input, fx.Proxy):
+            given = (input,) if mask is None else (input, mask)
+            if (output := call_in_graph(self, *given)) is not None:
+                return output
         # Attribute access on a module is slow, and every forward comes through here.
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if not self.training and mean is not None:
@@ -155,10 +160,8 @@ class RunningStatsBatchNorm(TrackingBatchNorm):
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if mean is not None and (functionalize := functionalized_around(mean)) is not None:
             return forward_below(functionalize, self, input, mask)
-        batch = None
         masked = mask is not None or self._mask is not None or self._masks is not None
-        if masked or self._replicas is not None:
-            batch = self._batch(input, mask)
+        batch = self._batch(input, mask) if masked or self._replicas is not None else None
         if mean is not None and self.track_running_stats:
             self._check_input_dim(input)
             return self._forward_training(input, mean, batch)

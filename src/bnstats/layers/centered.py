@@ -9,10 +9,13 @@ is left as it is. A weight of one number per output is its own mean: nothing is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+from bnstats.layers.symbolic import call_in_graph
 
 
 def centered(weight: Tensor) -> Tensor:
@@ -51,20 +54,28 @@ class CenteredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the centered weight."""
-        output: Tensor = F.linear(input, centered(self.weight), self.bias)
-        return output
+        if isinstance(input, fx.Proxy) and (output := call_in_graph(self, input)) is not None:
+            return output
+        return F.linear(input, centered(self.weight), self.bias)
 
 
-class CenteredConv1d(nn.Conv1d):
-    """``nn.Conv1d`` with centered weights; see :class:`CenteredConv2d`."""
+class _CenteredConv(nn.Module):
+    weight: Tensor
+    bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the centered weight."""
-        output: Tensor = self._conv_forward(input, centered(self.weight), self.bias)
-        return output
+        if isinstance(input, fx.Proxy) and (output := call_in_graph(self, input)) is not None:
+            return output
+        return self._conv_forward(input, centered(self.weight), self.bias)
 
 
-class CenteredConv2d(nn.Conv2d):
+class CenteredConv1d(_CenteredConv, nn.Conv1d):
+    """``nn.Conv1d`` with centered weights; see :class:`CenteredConv2d`."""
+
+
+class CenteredConv2d(_CenteredConv, nn.Conv2d):
     """``nn.Conv2d`` with centered weights: one mean per output channel, over all other axes.
 
     Arguments are those of ``nn.Conv2d``, groups and padding modes included. Zeros of the
@@ -81,19 +92,9 @@ class CenteredConv2d(nn.Conv2d):
         Yan et al. (2020), arXiv:2001.06838, section 4.3.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the centered weight."""
-        output: Tensor = self._conv_forward(input, centered(self.weight), self.bias)
-        return output
 
-
-class CenteredConv3d(nn.Conv3d):
+class CenteredConv3d(_CenteredConv, nn.Conv3d):
     """``nn.Conv3d`` with centered weights; see :class:`CenteredConv2d`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the centered weight."""
-        output: Tensor = self._conv_forward(input, centered(self.weight), self.bias)
-        return output
 
 
 class CenteredForward(nn.Module):
@@ -118,6 +119,10 @@ class CenteredForward(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the layer's class with the centered weight."""
+        if args and isinstance(args[0], fx.Proxy):
+            output = call_in_graph(self, *args, **kwargs)
+            if output is not None:
+                return output
         stand_in: Any = object.__new__(self._stand_in_class)
         stand_in.__dict__ = self.__dict__
         return super(CenteredForward, stand_in).forward(*args, **kwargs)
