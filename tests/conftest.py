@@ -1,6 +1,7 @@
 """Makes torchvision importable beside a CPU build of torch, and names what a test needs."""
 
 import functools
+import gc
 import importlib
 import os
 import sys
@@ -93,6 +94,9 @@ def pytest_collection_modifyitems(items):
     names = {"device", "substitute", "substitute_module"}
     if any(names & {*getattr(item, "fixturenames", ())} for item in items):
         _register_substitute()
+    # What was imported stays: trainers collect garbage, and would look at millions of objects.
+    gc.collect()
+    gc.freeze()
 
 
 @functools.cache
