@@ -330,8 +330,26 @@ def test_a_damaged_checkpoint_is_one_line_whatever_was_damaged(here, capsys, com
             err = capsys.readouterr().err
             assert code in (0, 1, 2)
             assert err.count("\n") == (code == 2), err
+            assert "trusted source" not in err  # torch's advice on damaged files
             codes.add(code)
     assert {0, 2} <= codes
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("text.pt", b"hello", "a file that is damaged or of another kind"),
+        ("empty.pt", b"", r"a file that is damaged or of another kind \(EOFError"),
+        ("model.safetensors", b"\x40\0\0\0{}", r"torch.save\(safetensors.torch.load_file\(path\)"),
+    ],
+)
+def test_what_is_no_checkpoint_is_not_advised_to_be_trusted(here, capsys, name, content, says):
+    (here / name).write_bytes(content)
+    assert run("check", name) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"^bnstats: {name}: expected a checkpoint.*, got .*{says}", err), err
+    assert "trusted source" not in err
+    assert "weights_only` set" not in err
 
 
 def test_a_state_dict_with_values_of_other_kinds_is_one_line(capsys):

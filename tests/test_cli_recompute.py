@@ -35,6 +35,9 @@ def few_others():
 def one_batch():
     return torch.zeros(4, 3)
 
+def sized(size, *, width=4):
+    return nn.Linear(size, width)
+
 def no_model():
     return "a model"
 
@@ -264,6 +267,32 @@ def test_a_missing_file_or_folder_is_named(capsys):
     save()
     assert recompute("--stats", "missing/stats.npz") == 2
     assert "there is no folder missing" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no file")
+@pytest.mark.usefixtures("here")
+def test_a_folder_that_takes_no_file_is_refused_before_the_data_are_read(capsys):
+    save()
+    for option in ("--output", "--stats"):
+        arguments = ["--checkpoint", "in.pt", "--output", "out.pt", option, "/proc/out.pt"]
+        assert main(["recompute", "job:model", "job:loader", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert "to write out.pt into: '/proc'" in err
+        assert err.count("\n") == 1  # no bar of progress
+        assert not os.path.exists("out.pt")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_callable_that_needs_arguments_is_named_with_them(capsys):
+    save()
+    assert recompute(model="job:sized") == 2
+    err = capsys.readouterr().err
+    assert "MODEL: expected a callable that is called with (), got job:sized(size" in err
+    assert "missing a required argument: 'size'" in err
+    files = ["job:model", "job:loader", "--checkpoint", "in.pt"]
+    assert main(["diagnose", *files, "--metric", "job:sized"]) == 2
+    err = capsys.readouterr().err
+    assert "METRIC: expected a callable that is called with (model, batch), got job:sized" in err
 
 
 @pytest.mark.usefixtures("here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -14,15 +15,17 @@ from typing import Any
 from bnstats.errors import InvalidValueError
 
 
-def find(where: str, what: str) -> Callable[[], Any]:
+def find(where: str, what: str, *arguments: str) -> Callable[..., Any]:
     """Import what ``module:callable`` names.
 
     Args:
         where: as typed.
         what: the argument's name, for messages.
+        arguments: names of what it will be called with.
 
     Raises:
-        InvalidValueError: there is no such module, or no such callable in it.
+        InvalidValueError: there is no such module, or no such callable in it, or it cannot be
+            called so.
         ImportError: the module is there, and what it imports is not.
     """
     module_name, _, name = where.partition(":")
@@ -32,7 +35,7 @@ def find(where: str, what: str) -> Callable[[], Any]:
     if here not in sys.path:  # as python -m has it, and the console script not
         sys.path.insert(0, here)
     module = _import(module_name, what, here)
-    found: Callable[[], Any] | None = getattr(module, name, None)
+    found: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(found):
         there = f"({getattr(module, '__file__', None) or 'built in'})"
         kind = (
@@ -42,7 +45,24 @@ def find(where: str, what: str) -> Callable[[], Any]:
         raise InvalidValueError(
             f"{what}: expected a callable, but module {module_name!r} {there} {kind}{near}"
         )
+    _check_takes(arguments, found, where, what)
     return found
+
+
+def _check_takes(
+    arguments: tuple[str, ...], found: Callable[..., Any], where: str, what: str
+) -> None:
+    try:
+        known = inspect.signature(found)
+    except (TypeError, ValueError):  # a builtin's may not be known
+        return
+    try:
+        known.bind(*arguments)
+    except TypeError as error:
+        raise InvalidValueError(
+            f"{what}: expected a callable that is called with ({', '.join(arguments)}), got "
+            f"{where}{known}: {error}"
+        ) from None
 
 
 def _import(name: str, what: str, here: str) -> ModuleType:

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         checkpoint.load_into(model, options.model)
     metric: Callable[..., Any] | None = None
     if options.metric is not None:
-        metric = find(options.metric, "METRIC")
+        metric = find(options.metric, "METRIC", "model", "batch")
     diagnosis = diagnose(
         model.to(device),
         find(options.loader, "LOADER")(),

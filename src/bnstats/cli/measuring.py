@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,7 @@ def check_targets(options: argparse.Namespace, *names: str, may_replace: str | N
     Raises:
         InvalidValueError: two options name the same file.
         FileExistsError: a file is there, and ``--overwrite`` was not passed.
-        FileNotFoundError: a folder does not exist.
+        OSError: a folder does not exist, or takes no new file.
     """
     paths: dict[str, Path] = {n: p for n in names if (p := getattr(options, n)) is not None}
     for name, path in paths.items():
@@ -114,6 +115,18 @@ def check_targets(options: argparse.Namespace, *names: str, may_replace: str | N
             raise IsADirectoryError(f"{path} is a folder: expected the name of a file")
         if path.exists() and not options.overwrite:
             raise FileExistsError(f"{path} is there already; pass --overwrite to have it replaced")
+        if path.is_file() or not path.exists():  # a device or a pipe is not replaced
+            _check_writable(Path(os.path.realpath(path)))
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a folder that takes no new file: permissions alone do not tell."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        reason = f"{error.strerror}, to write {path.name} into"
+        raise OSError(error.errno, reason, str(path.parent)) from error
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

@@ -20,6 +20,9 @@ _REFUSED = re.compile(
 )
 """Where torch's messages name an object, in the midst of advice to trust the file."""
 
+_UNPICKLER = re.compile(r"WeightsUnpickler error: (.+)")
+"""Where they say what could not be read, behind the same advice."""
+
 
 def read(path: Path) -> Any:
     """Return a checkpoint's content.
@@ -43,7 +46,17 @@ def read(path: Path) -> Any:
                     f"argparse.Namespace, got an object of {refused[1] or refused[2]}, and reading "
                     "it could run code: save the checkpoint again without it"
                 ) from error
-            raise InvalidValueError(f"{expected}: {first_line(error)}") from error
+            raise InvalidValueError(f"{expected}, got {_instead(path, error)}") from error
+
+
+def _instead(path: Path, error: Exception) -> str:
+    """Describe a file that is damaged, or no checkpoint of torch.save's at all."""
+    if path.suffix == ".safetensors":
+        return "one of safetensors: torch.save(safetensors.torch.load_file(path), ...) makes one"
+    found = _UNPICKLER.search(str(error))
+    # torch's first line is its advice to trust the file, or a key of no meaning.
+    reason = found[1] if found else first_line(error).partition(". ")[0]
+    return f"a file that is damaged or of another kind ({type(error).__name__}: {reason})"
 
 
 def first_line(error: BaseException) -> str:
