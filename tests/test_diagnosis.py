@@ -480,11 +480,11 @@ def test_wrappers_dicts_and_forwards_are_taken_as_in_the_recalibration():
 def test_misuse_is_refused_by_name():
     model, loader = networks.network(), networks.uneven()
     for error, match, options in [
-        (InvalidTypeError, "metric: expected a callable", {"metric": 3}),
+        (InvalidTypeError, "metric: expected a function metric", {"metric": 3}),
         (InvalidValueError, "expected: there is no metric", {"expected": 0.9}),
         (InvalidTypeError, "a number for each sample", {"metric": lambda *_: "good"}),
         (InvalidValueError, "finite numbers", {"metric": lambda *_: float("nan")}),
-        (InvalidTypeError, "loader: expected an iterable", {"target": torch.zeros(3)}),
+        (InvalidTypeError, "target: expected an iterable", {"target": torch.zeros(3)}),
     ]:
         with pytest.raises(error, match=match):
             bnstats.diagnose(model, loader, **options)

@@ -36,6 +36,11 @@ SWAPPED = {
         bnstats.measure_population_stats, (images(), network()), "list", "(model, loader)"
     ),
     "convert": (convert, ("ema", network()), "str", "(model, to)"),
+    "diagnose": (bnstats.diagnose, (images(), network()), "list", "(model, loader)"),
+    "masked": (
+        lambda *arguments: bnstats.masked(*arguments).__enter__(),
+        (torch.ones(4, 6, 6).bool(), network()), "Tensor", "(model, mask)",
+    ),
     "record": (recorded, (["1"], network()), "list", "(model, layers)"),
 }  # fmt: skip
 
@@ -81,6 +86,10 @@ def one_name(name):
 NO_INCLUDES = {
     "a list": (["1"], r"got list; for names use lambda name, module: name.startswith\(\('1',\)\)"),
     "a name": ("1", r"got str; for names use lambda name, module: name.startswith\('1'\)"),
+    "a class": (
+        nn.BatchNorm2d,
+        r"got the class BatchNorm2d; .* lambda name, module: isinstance\(module, BatchNorm2d\)",
+    ),
     "one parameter": (one_name, r"got one_name\(name\): too many positional arguments"),
     "three": (lambda a, b, c: True, r"got <lambda>\(a, b, c\): missing a required argument: 'c'"),
 }
@@ -129,6 +138,8 @@ def test_a_result_in_the_place_of_its_statistics_is_told_where_they_are():
     for call in (bnstats.estimate_running_error, result.after.merge):
         with pytest.raises(InvalidTypeError, match=r"got Recalibration; .* are result.after"):
             call(result)
+    with pytest.raises(InvalidTypeError, match=r"got Recalibration; .* in .after"):
+        recompute(network(), images(), prior=result)
 
 
 def test_arrays_are_told_how_to_become_tensors():
@@ -168,6 +179,33 @@ def test_a_file_that_cannot_be_written_is_named_as_the_caller_named_it(error, tm
     with pytest.raises(error, match=r"to write stats.npz into: '.*folder'") as caught:
         stats.save(folder / "stats.npz")
     assert ".part" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    stats = bnstats.measure_population_stats(network(), images())
+    with pytest.raises(IsADirectoryError, match=f"got a folder: '{tmp_path}'"):
+        stats.save(tmp_path)
+
+
+def test_a_class_in_the_place_of_a_family_is_told_the_familys_name():
+    with pytest.raises(InvalidTypeError, match=r"the class EMABatchNorm2d: pass 'ema'$"):
+        convert(network(), bnstats.EMABatchNorm2d)
+    with pytest.raises(InvalidTypeError, match=r"got the class BatchNorm2d$"):
+        convert(network(), nn.BatchNorm2d)
+
+
+def test_a_diagnosis_names_the_argument_that_is_wrong():
+    says = r"target: expected an iterable of batches.*got Tensor"
+    with pytest.raises(InvalidTypeError, match=says):
+        bnstats.diagnose(network(), images(), target=images()[0])
+    says = r"metric: expected a function metric\(model, batch\) or None, got <lambda>\(model\)"
+    with pytest.raises(InvalidTypeError, match=says):
+        bnstats.diagnose(network(), images(), metric=lambda model: 1)
+
+
+def test_a_limit_in_the_notation_of_floats_is_told_how_to_be_an_integer():
+    with pytest.raises(InvalidTypeError, match=r"got float, pass int\(4e\+09\)$"):
+        recompute(network(), images(), method="layerwise", memory_limit=4e9)
 
 
 def test_a_model_without_values_is_refused_and_told_how_to_get_them():

@@ -77,7 +77,7 @@ def test_debiasing_loses_no_digits_to_a_small_momentum(momentum):
     x = torch.randn(64, 4) + 10
     torch._dynamo.reset()  # it compiles a forward for eight momenta at most
     for compiled in (False, True):
-        layer = EMABatchNorm1d(4, momentum=momentum)
+        layer = cases.built(EMABatchNorm1d, 4, momentum=momentum)
         run = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
         run(x)
         torch.testing.assert_close(layer.running_mean, x.mean(0), rtol=1e-6, atol=0)
@@ -131,8 +131,7 @@ def test_cumulative_replaces_a_plain_checkpoints_statistics_with_the_first_batch
 
 
 def test_cumulative_with_momentum_one_counts_the_latest_batch_alone():
-    layer = CumulativeBatchNorm1d(3)
-    layer.momentum = 1.0
+    layer = cases.built(CumulativeBatchNorm1d, 3, momentum=1.0)
     for n in (8, 6, 4):
         layer(torch.randn(n, 3))
     assert int(layer.num_values_tracked) == 4

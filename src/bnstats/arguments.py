@@ -80,6 +80,11 @@ def check_function(argument: str, function: object, signature: str) -> None:
     if function is None:
         return
     expected = f"{argument}: expected a function {argument}({signature}) or None, got"
+    if isinstance(function, type) and issubclass(function, nn.Module):
+        name, instead = function.__name__, ""
+        if signature == "name, module":
+            instead = f"; for a type use lambda name, module: isinstance(module, {name})"
+        raise InvalidTypeError(f"{expected} the class {name}{instead}")
     if not callable(function):
         instead = _instead_of_names(function) if "name" in signature else ""
         raise InvalidTypeError(f"{expected} {type(function).__name__}{instead}")

@@ -224,7 +224,11 @@ def revert_batchnorm(model: M) -> M:
 def _check_target(to: str) -> None:
     targets = [family for family in FAMILIES if family != PLAIN]
     if not isinstance(to, str):
-        raise InvalidTypeError(f"to: expected one of {targets}, got {type(to).__name__}")
+        came = type(to).__name__
+        if isinstance(to, type):
+            named = [family for family in targets if to in FAMILIES[family]]
+            came = f"the class {to.__name__}" + "".join(f": pass {family!r}" for family in named)
+        raise InvalidTypeError(f"to: expected one of {targets}, got {came}")
     if to not in targets:
         raise InvalidValueError(
             f"to: expected one of {targets}, got {to!r}; revert_batchnorm is the way back"

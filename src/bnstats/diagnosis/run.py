@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_function, check_module
 from bnstats.diagnosis import verdict
 from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
 from bnstats.diagnosis.drifted import distance, explain, not_finite
@@ -19,7 +20,6 @@ from bnstats.diagnosis.metric import Metric, measure_metric, summarize
 from bnstats.diagnosis.verdict import REMEDIES, Diagnosis
 from bnstats.diagnosis.weighing import weigh
 from bnstats.errors import (
-    InvalidTypeError,
     InvalidValueError,
     NonFiniteStatisticsError,
     TooFewValuesError,
@@ -88,6 +88,7 @@ def diagnose(
         >>> bnstats.diagnose(model, loader).verdict
         'healthy'
     """
+    check_module(model, loader, "model, loader")
     inner = unwrap(model)
     _check(loader, metric, target, expected)
     layers = named_batchnorms(inner, None)
@@ -112,14 +113,13 @@ def diagnose(
 
 
 def _check(loader: object, metric: object, target: object, expected: float | None) -> None:
-    if metric is not None and not callable(metric):
-        raise InvalidTypeError(f"metric: expected a callable, got {type(metric).__name__}")
+    check_function("metric", metric, "model, batch")
     if metric is None and expected is not None:
         raise InvalidValueError("expected: there is no metric that it could be compared with")
     for name, batches in (("loader", loader), ("target", target)):
         if batches is None:
             continue
-        check_loader(batches, "pooled", rereads=False)
+        check_loader(batches, "pooled", rereads=False, argument=name)
         again = metric is not None and (name == "target" or target is None)
         if again and isinstance(batches, Iterator):
             raise InvalidValueError(

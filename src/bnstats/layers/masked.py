@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_module
 from bnstats.errors import InvalidValueError
 from bnstats.layers.base import RunningStatsBatchNorm
 from bnstats.masks import Downsample, Mask, check_downsample, check_mask
@@ -57,6 +58,7 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
         >>> bool(torch.allclose(model[1].running_mean, values.mean(1), atol=1e-6))
         True
     """
+    check_module(model, mask, "model, mask")
     check_mask(mask, "mask")
     check_downsample(downsample)
     masks = {

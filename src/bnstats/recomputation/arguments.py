@@ -10,11 +10,11 @@ from torch.utils.data import Dataset, IterableDataset
 from bnstats.errors import InvalidTypeError, InvalidValueError
 
 
-def check_loader(loader: object, method: str, *, rereads: bool) -> None:
+def check_loader(loader: object, method: str, *, rereads: bool, argument: str = "loader") -> None:
     """Refuse what is no iterable of batches, or cannot be read as often as the method needs."""
     if _is_map_style_dataset(loader):
         raise InvalidTypeError(
-            f"loader: expected an iterable of batches, got {type(loader).__name__}, a dataset "
+            f"{argument}: expected an iterable of batches, got {type(loader).__name__}, a dataset "
             "whose samples would count as batches; pass DataLoader(dataset, batch_size=...)"
         )
     # A loader may be iterable by __getitem__ alone.
@@ -22,12 +22,12 @@ def check_loader(loader: object, method: str, *, rereads: bool) -> None:
     if not iterable or isinstance(loader, (Tensor, Mapping, str)):
         remedy = "call it" if callable(loader) else "one batch by itself goes in as [batch]"
         raise InvalidTypeError(
-            "loader: expected an iterable of batches, for example a DataLoader or a list, got "
-            f"{type(loader).__name__}; {remedy}"
+            f"{argument}: expected an iterable of batches, for example a DataLoader or a list, "
+            f"got {type(loader).__name__}; {remedy}"
         )
     if rereads and isinstance(loader, Iterator):
         raise InvalidValueError(
-            f'loader: method="{method}" reads it again and again, and an iterator '
+            f'{argument}: method="{method}" reads it again and again, and an iterator '
             f"({type(loader).__name__}) can be read once; pass a DataLoader or a list, or "
             'method="layerwise"'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -53,6 +54,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     cannot be replaced, and is written to directly.
     """
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write, got a folder", str(target))
     if target.exists() and not target.is_file():
         with _naming(target, target), target.open("wb") as file:
             yield file

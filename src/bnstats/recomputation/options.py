@@ -64,7 +64,10 @@ def _check_positive_int(name: str, value: Any) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise InvalidTypeError(f"{name}: expected an int or None, got {type(value).__name__}")
+        remedy = f", pass int({value:g})" if isinstance(value, float) else ""
+        raise InvalidTypeError(
+            f"{name}: expected an int or None, got {type(value).__name__}{remedy}"
+        )
     if value < 1:
         raise InvalidValueError(f"{name}: expected 1 or more, got {value}")
 

@@ -39,7 +39,7 @@ class Prior:
             raise InvalidTypeError(
                 "prior: expected PopulationStats of the training data, got "
                 f"{type(source).__name__}; measure_population_stats returns them, "
-                "PopulationStats.load reads a file of them"
+                "PopulationStats.load reads a file of them, and a Recalibration has them in .after"
             )
         for layer in layers:
             self._check(layer)
