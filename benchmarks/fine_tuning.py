@@ -149,8 +149,22 @@ def _small_network(num_classes: int) -> nn.Sequential:
     )
 
 
+def self_padding_efficientnet(num_classes: int) -> nn.Module:
+    """Return EfficientNet-Lite0; where convolutions can pad by themselves, no layer copies first.
+
+    It pads as TensorFlow does; with a stride of 1 that is the same on all sides.
+    """
+    model = efficientnet_lite0(num_classes)
+    for module in model.modules():
+        padding = getattr(module, "static_padding", None)
+        if isinstance(padding, nn.ZeroPad2d) and len(set(padding.padding)) == 1:
+            module.padding = padding.padding[:2]
+            module.static_padding = nn.Identity()
+    return model
+
+
 NETWORKS = {
-    PRETRAINED: Network(efficientnet_lite0, 96, 16, 0.02),
+    PRETRAINED: Network(self_padding_efficientnet, 96, 16, 0.02),
     FROM_SCRATCH: Network(half_resnet18, 64, 32, 0.05),
     SYNTHETIC: Network(_small_network, 16, 16, 0.02),
 }
@@ -202,9 +216,8 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
     photos = synthetic_photos(network.size) if synthetic else _photos(folder, network.size)
     torch.manual_seed(seed)
     model = network.make(len(photos.classes))
-    if cell.batch > 2:
-        # 1.4 times as fast at a batch of 16; no faster at 2, where moving averages lose a tenth.
-        model.to(memory_format=torch.channels_last)
+    # Evaluation is 1.7 times as fast, and training at a batch of 16 1.4 times; at 2 it is the same.
+    model.to(memory_format=torch.channels_last)
     VARIANTS[cell.variant](model, cell, network.gradient_batch)
     curve: list[tuple[int, float, float]] = []
 

