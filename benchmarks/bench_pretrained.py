@@ -53,6 +53,10 @@ FIRST = tuple(
 )
 """The layers on the README's first screen, at the extremes of the batch."""
 
+STEPS_NOTE = (
+    "Accuracy in %, median of the seeds, with running averages and, behind the arrow, recomputed. "
+)
+
 
 def measure(run: Run) -> list[Row]:
     """Train what is not done yet; return accuracies, their spread the range of the seeds."""
@@ -76,6 +80,9 @@ def measure(run: Run) -> list[Row]:
             if name == "pretrained":
                 path = run.folder / f"{name}_first_table.md"
                 report.write_table(path, "pretrained", _first(lines), _note(done))
+    lines = steps_table(cells)
+    if len(lines[0]) > 3:
+        report.write_table(run.folder / "steps_table.md", "pretrained", lines, STEPS_NOTE)
     if cells and not run.quick:
         figure_of(cells).savefig(run.folder / "pretrained.png", dpi=100)
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
@@ -177,6 +184,23 @@ def table(cells: dict[Cell, list[Training]], network: str, steps: int) -> list[l
             lines.append(
                 [cell.variant, str(cell.batch), *figures, f"{better} of {_seeds(trainings)}"]
             )
+    return lines
+
+
+def steps_table(cells: dict[Cell, list[Training]]) -> list[list[str]]:
+    """Return the lines of a README's table: the fine-tuned network, a column a length."""
+    tuned = {cell: found for cell, found in cells.items() if cell.network == PRETRAINED}
+    lengths = sorted({cell.steps for cell in tuned})
+    figures: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
+    for cell, trainings in tuned.items():
+        before, after = (_summary(trainings, kind)[0] for kind in ("running", "pooled"))
+        figure = f"{before:.1f} → {after:.1f}, {_seeds(trainings)}"
+        figures[cell.variant, cell.batch][cell.steps] = figure
+    variants = list(VARIANTS)
+    lines = [["trained with", "normalized over", *(f"{length} steps" for length in lengths)]]
+    for variant, batch in sorted(figures, key=lambda key: (-key[1], variants.index(key[0]))):
+        found = figures[variant, batch]
+        lines.append([variant, str(batch), *(found.get(length, "") for length in lengths)])
     return lines
 
 

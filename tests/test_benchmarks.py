@@ -185,6 +185,28 @@ def test_the_table_of_trainings_has_medians_ranges_and_how_many_got_better(load)
     assert "standard error of 5.0." in benchmark._note(trainings)  # (0.7 * 0.3 / 84) ** 0.5
 
 
+def test_the_table_along_the_steps_has_a_column_for_each_length_and_gaps_where_none_is_done(load):
+    tuning, benchmark = load("fine_tuning"), load("bench_pretrained")
+    tasks = [
+        (tuning.EMA, 2, 60),
+        (tuning.PLAIN, 2, 300),
+        (tuning.PLAIN, 2, 60),
+        (tuning.EMA, 4, 60),
+    ]
+    trainings = [
+        tuning.Training(tuning.Cell(tuning.PRETRAINED, *task), seed, 0.5, 0.6 + seed / 100, 0.7, 84)
+        for task in tasks
+        for seed in range(2 if task[2] == 60 else 1)
+    ]
+    scratch = tuning.Training(tuning.Cell(tuning.FROM_SCRATCH, "x", 2, 400), 0, 0.1, 0.2, 0.3, 84)
+    assert benchmark.steps_table(benchmark._by_cell([*trainings, scratch])) == [
+        ["trained with", "normalized over", "60 steps", "300 steps"],
+        [tuning.EMA, "4", "50.0 → 60.5, 2 seeds", ""],
+        [tuning.PLAIN, "2", "50.0 → 60.5, 2 seeds", "50.0 → 60.0, 1 seed"],
+        [tuning.EMA, "2", "50.0 → 60.5, 2 seeds", ""],
+    ]
+
+
 def test_the_tables_say_what_measured_them(load, monkeypatch, tmp_path):
     rows, benchmark = load("rows"), load("bench_pretrained")
     monkeypatch.setattr(benchmark, "missing", lambda _: "nothing is there")
