@@ -37,7 +37,7 @@ def _layerwise(model: nn.Module, batches: list[Tensor]) -> Recalibration:
 
 
 REPLACED: dict[str, Replace] = {"pooled": _pooled, "layerwise": _layerwise}
-"""By what the running averages are replaced; a mixture of both, with a prior, is one line more."""
+"""By what the running averages are replaced."""
 
 
 class Answers(NamedTuple):
