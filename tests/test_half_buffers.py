@@ -162,3 +162,23 @@ def test_recalibration_of_a_half_model_names_the_layer_that_cannot_hold_it(metho
         stats.apply_to(model)
     stats.apply_to(model.float())
     assert model[0].running_var.isfinite().all()
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_buffers_whose_data_is_cast_are_those_of_a_half_layer(family, dtype):
+    # So does the mixed precision of FSDP (buffer_dtype), in which nn.BatchNorm trains.
+    options = {"window": 4, "warmup": 4} if family.name == "moving_average" else {}
+    half, cast = (family.make(2, **options) for _ in range(2))
+    half.to(dtype)
+    for tensor in (*cast.parameters(), *cast.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    for x in cases.batches((4, 3, 5, 5), 8, dtype=dtype):
+        outputs = [layer(x) for layer in (half, cast)]
+        assert torch.equal(*outputs)
+        for layer, output in zip((half, cast), outputs, strict=True):
+            layer.zero_grad()
+            output.square().sum().backward()
+        assert torch.equal(half.weight.grad, cast.weight.grad)
+    torch.testing.assert_close(cast.state_dict(), half.state_dict(), rtol=0, atol=0)

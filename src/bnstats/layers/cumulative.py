@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bnstats.accumulators import cumulative, separate
 from bnstats.layers.base import RunningStatsBatchNorm
-from bnstats.layers.tracking import Count, is_traced
+from bnstats.layers.tracking import HALF, Count, is_traced
 from bnstats.layers.versions import Versions
 from bnstats.moments import Number, Weights
 from bnstats.reduction import wide_dtype
@@ -145,6 +145,8 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         return self.momentum == 1
 
     def _state(self) -> tuple[Tensor, Tensor]:
+        if self._buffers["exact_mean"].dtype in HALF:  # type: ignore[union-attr]
+            self._widen()
         exact_mean, exact_var = self._buffers["exact_mean"], self._buffers["exact_var"]
         assert exact_mean is not None and exact_var is not None
         again = is_traced() or is_captured(exact_mean)  # what is decided here is replayed

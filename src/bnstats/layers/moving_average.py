@@ -14,6 +14,7 @@ from bnstats.layers.batch import Batch
 from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
 from bnstats.layers.moving_average_step import Options, take_step
+from bnstats.layers.tracking import HALF
 from bnstats.private import has_tangent
 
 if TYPE_CHECKING:
@@ -178,6 +179,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         if input.numel() == 0 and (batch is None or batch.replicas is None):
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
+        if self.window_mean_squares.dtype in HALF:
+            self._widen()
         wide = self.window_mean_squares.dtype
         check_dtype(input, wide)  # not left to torch: the state moves before it looks
         if has_tangent(input, weight, bias):

@@ -43,7 +43,15 @@ class WideBuffersBatchNorm(_BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], *args: Any) -> None:
         super()._load_from_state_dict(state_dict, *args)
-        for name in self._wide_buffers:  # assigned as the checkpoint has them
-            buffer, running = self._buffers[name], self._buffers["running_mean"]
+        self._widen()  # assigned as the checkpoint has them
+
+    def _widen(self) -> None:
+        """Give the wide buffers their precision again where others have taken it.
+
+        Not all ask the layer: FSDP's mixed precision casts the data of every buffer.
+        """
+        running = self._buffers["running_mean"]
+        for name in self._wide_buffers:
+            buffer = self._buffers[name]
             if buffer is not None and running is not None and buffer.is_floating_point():
                 self._buffers[name] = buffer.to(self._wide_dtype(running))
