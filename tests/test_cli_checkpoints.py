@@ -1,5 +1,6 @@
 """Checkpoints as they come: of wrappers, averages and trainers; broken ones; mistyped names."""
 
+import argparse
 import os
 import random
 import re
@@ -12,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import bnstats
 import trainers
-from bnstats.cli import main
+from bnstats.cli import _COMMANDS, main
 
 MODULE = """
 import torch
@@ -293,6 +294,17 @@ def test_help_imports_no_model(here, capsys, command):
         assert exit_.value.code == 0
     assert "module:callable that returns the model" in capsys.readouterr().out
     assert not (here / "ran").exists()
+
+
+@pytest.mark.parametrize("command", _COMMANDS, ids=lambda x: x.__name__.rpartition(".")[2])
+def test_every_argument_of_a_command_is_explained(command):
+    parser = command.add_parser(argparse.ArgumentParser().add_subparsers())
+    assert "`" not in parser.format_help()  # markup is for docstrings
+    for action in parser._actions:
+        assert action.help, action.dest
+        first, *others = action.help.split()
+        assert others or first == "help", action.dest
+        assert first != "of", action.dest  # of what?
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -1,4 +1,4 @@
-"""``bnstats check``: find faults in a checkpoint's batch-norm statistics, without data.
+"""bnstats check: find faults in a checkpoint's batch-norm statistics, without data.
 
 The exit status is 1 if a layer was never updated, or has statistics that are negative or not
 finite: evaluation would be wrong. The rest are notes: channels whose variance is below eps, which
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnstats import RunningStats
 from bnstats.cli.checkpoints import Checkpoint
+from bnstats.cli.measuring import KEY_HELP
 from bnstats.errors import InvalidValueError
 
 
@@ -28,10 +29,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
-    parser.add_argument("--key", help='of the state dict in it, "ema.model" for nested ones')
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint's file")
+    parser.add_argument("--key", help=KEY_HELP)
     parser.add_argument(
-        "--eps", type=float, default=1e-5, help="of the model's layers (default: %(default)s)"
+        "--eps", type=float, default=1e-5, help="that of the model's layers (default: %(default)s)"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""``bnstats compare``: how far one file's statistics are from another's.
+"""bnstats compare: how far one file's statistics are from another's.
 
 Each is a checkpoint or a statistics file, in any combination.
 """
@@ -31,8 +31,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint or statistics file")
     parser.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
-    parser.add_argument("--key", help="of FILE's state dict, if it is a checkpoint")
-    parser.add_argument("--other-key", metavar="KEY", help="of OTHER's")
+    parser.add_argument("--key", help="where the state dict is in FILE, if that is a checkpoint")
+    parser.add_argument("--other-key", metavar="KEY", help="where it is in OTHER")
     return parser
 
 

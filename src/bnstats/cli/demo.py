@@ -1,4 +1,4 @@
-"""``bnstats demo``: batch-norm statistics on handwritten digits, in two acts.
+"""bnstats demo: batch-norm statistics on handwritten digits, in two acts.
 
 The first looks at the running averages of a convolutional net while it trains: how far they are
 from the population statistics of the very digits it is trained on, and what recalibration
@@ -45,11 +45,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data split, weights and batches")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="decides the data split, the weights and the order of batches",
+    )
     parser.add_argument(
         "--epochs",
         type=int,
-        help=f"1 or more, default: {EPOCHS}, or {photos_demo.EPOCHS} of photos",
+        help=f"1 or more; default: {EPOCHS}, or {photos_demo.EPOCHS} with --photos",
     )
     parser.add_argument(
         "--photos",
@@ -57,7 +62,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         nargs="?",
         const=photos.STAMPS,
         metavar="DIR",
-        help="a folder with a folder of pictures for each class (default: %(const)s)",
+        help="fine-tune on photographs: a folder with a folder of pictures for each class (without "
+        "DIR: %(const)s)",
     )
     parser.add_argument(
         "--output",

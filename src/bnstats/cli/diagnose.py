@@ -1,4 +1,4 @@
-"""``bnstats diagnose``: is it the batch norm? A verdict, its evidence, the fix."""
+"""bnstats diagnose: is it the batch norm? A verdict, its evidence, the fix."""
 
 from __future__ import annotations
 
@@ -36,14 +36,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="module:callable that returns the model")
     parser.add_argument("loader", metavar="LOADER", help="module:callable that returns the batches")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="IN", help="default: the model as MODEL returns it"
+        "--checkpoint",
+        type=Path,
+        metavar="IN",
+        help="loaded into the model; default: the model as MODEL returns it",
     )
     measuring.add_checkpoint_arguments(parser)
-    parser.add_argument("--target", help="module:callable, batches that the model evaluates on")
-    parser.add_argument("--metric", help="module:callable, the metric(model, batch)")
-    parser.add_argument("--expected", type=float, help="what the metric should be")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--max-batches", type=int, metavar="N")
+    parser.add_argument(
+        "--target",
+        help="module:callable that returns batches of the data that the model is evaluated on",
+    )
+    parser.add_argument(
+        "--metric", help="module:callable, a function metric(model, batch), the larger the better"
+    )
+    parser.add_argument("--expected", type=float, metavar="VALUE", help="what the metric should be")
+    measuring.add_reading_arguments(parser)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""``bnstats measure``: the population statistics of a model's data, as a file of their own."""
+"""bnstats measure: the population statistics of a model's data, as a file of their own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     measuring.add_arguments(parser)
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="IN", help="default: the model as MODEL returns it"
+        "--checkpoint",
+        type=Path,
+        metavar="IN",
+        help="loaded into the model; default: the model as MODEL returns it",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="NPZ")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="NPZ", help="where the statistics go"
+    )
     measuring.add_checkpoint_arguments(parser)
     return parser
 

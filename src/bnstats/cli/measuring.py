@@ -31,30 +31,65 @@ dict, bare or under one of the usual keys, of the model itself or of a wrapper o
 """
 
 
+KEY_HELP = (
+    'where in the checkpoint the state dict is, "ema.model" for one in nested dicts; default: '
+    "found by the usual names"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what a measurement takes."""
     parser.add_argument("model", metavar="MODEL", help="module:callable that returns the model")
     parser.add_argument("loader", metavar="LOADER", help="module:callable that returns the batches")
-    parser.add_argument("--overwrite", action="store_true", help="let files be replaced")
     parser.add_argument(
-        "--method", choices=METHODS, help='default: "pooled", with a prior "layerwise"'
+        "--overwrite", action="store_true", help="replace files that are there already"
     )
     parser.add_argument(
-        "--prior", type=Path, metavar="NPZ", help="of `bnstats measure` on the training data"
+        "--method",
+        choices=METHODS,
+        help='how to measure; default: "pooled", or "layerwise" with a prior',
     )
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--max-batches", type=int, metavar="N")
-    parser.add_argument("--tolerance", type=float, help="stop at standard errors no larger")
-    parser.add_argument("--memory-limit", type=int, metavar="BYTES", help='for "layerwise"')
-    parser.add_argument("--skip-nonfinite", action="store_true", help="leave bad batches out")
-    parser.add_argument("--no-progress", action="store_true", help="show no bar")
+    parser.add_argument(
+        "--prior",
+        type=Path,
+        metavar="NPZ",
+        help="statistics of the training data, written by bnstats measure, where LOADER has other "
+        "data, and few",
+    )
+    add_reading_arguments(parser)
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="ERROR",
+        help="stop reading once every layer's standard error is at most this, 0.01 for example",
+    )
+    parser.add_argument(
+        "--memory-limit",
+        type=int,
+        metavar="BYTES",
+        help='how much memory waiting activations may take, for "layerwise"',
+    )
+    parser.add_argument(
+        "--skip-nonfinite",
+        action="store_true",
+        help="leave out batches with NaN or infinity, which are an error otherwise",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where to compute, and how much to read."""
+    parser.add_argument("--device", help="where to compute; default: a GPU if there is one")
+    parser.add_argument("--max-batches", type=int, metavar="N", help="read at most N batches")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Add where in a checkpoint the state dict is."""
-    parser.add_argument("--key", help='of the state dict in it, "ema.model" for nested ones')
+    parser.add_argument("--key", help=KEY_HELP)
     parser.add_argument(
-        "--strip-prefix", metavar="PREFIX", help="what stands before the model's names in it"
+        "--strip-prefix",
+        metavar="PREFIX",
+        help='what stands before the model\'s names in the state dict, "module." for example',
     )
 
 

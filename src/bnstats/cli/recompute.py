@@ -1,4 +1,4 @@
-"""``bnstats recompute``: a checkpoint with the population statistics of its data."""
+"""bnstats recompute: a checkpoint with the population statistics of its data."""
 
 from __future__ import annotations
 
@@ -24,9 +24,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     measuring.add_arguments(parser)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="IN")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--stats", type=Path, metavar="NPZ", help="save the statistics here too")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="IN", help="loaded into the model"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="the same checkpoint with the new statistics; may be IN with --overwrite",
+    )
+    parser.add_argument(
+        "--stats", type=Path, metavar="NPZ", help="where the statistics go too, as a file of theirs"
+    )
     measuring.add_checkpoint_arguments(parser)
     return parser
 
