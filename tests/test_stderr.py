@@ -78,7 +78,7 @@ def test_of_the_fixed_point_it_is_the_real_one_given_the_earlier_layers(draw, me
     # The earlier layers' statistics are those of much data, the same in every repetition.
     model = network()
     much = torch.cat(data(draw, sizes=(60,), seed=7)).view(-1, REPETITIONS, 6).flatten(0, 1)
-    much = much.repeat(1, REPETITIONS)[:2000, :, None]
+    much = much[:2000].repeat(1, REPETITIONS)[:, :, None]
     bnstats.recompute_population_stats(model, much.split(500), method="layerwise")
     for measured in ("1", "4", "7"):
         stats = bnstats.measure_population_stats(
