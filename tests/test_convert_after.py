@@ -91,7 +91,7 @@ def test_a_converted_model_compiles_without_graph_breaks(resnet, family):
     model = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu, resnet.layer1, nn.Flatten())
     bnstats.convert_batchnorm(model, family.name)
     twin = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(IMAGES)
     torch.testing.assert_close(step(compiled, x), step(twin, x))
     # As far as float32 lets two orders of summation agree.

@@ -181,6 +181,36 @@ def test_every_signal_is_handed_on_when_the_context_ends(handler):
     assert handler.count == 4
 
 
+@pytest.mark.parametrize("put_back_before", [False, True])
+@pytest.mark.parametrize("position", [0, 1])
+def test_ctrl_c_while_handlers_are_put_back_puts_all_of_them_back(
+    position, put_back_before, handler, monkeypatch
+):
+    def other(*_): ...
+
+    before, put_back = signal.signal(signal.SIGUSR1, other), signal.signal
+    calls = iter(range(100))
+
+    def pressed(*args):
+        if next(calls) == position:
+            if put_back_before:
+                put_back(*args)
+            signal.raise_signal(signal.SIGINT)
+        return put_back(*args)
+
+    try:
+        with pytest.raises(Pressed), Interrupts():
+            monkeypatch.setattr(signal, "signal", pressed)
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.undo()
+        handler.raising = False
+        assert handler.count == 2
+        assert signal.getsignal(signal.SIGUSR1) is other
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        put_back(signal.SIGUSR1, before)
+
+
 def test_a_handler_set_meanwhile_stays():
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -51,9 +51,11 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._deferring = False
-        self._restore()
-        self.check()
+        try:
+            self._restore()
+        finally:
+            self._deferring = False
+            self.check()
 
     def call(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function of the caller's, in the main thread; a signal may end it.
@@ -90,7 +92,17 @@ class Interrupts:
             self._handlers[number](number, frame)
 
     def _restore(self) -> None:
+        """Put every handler back, also if one that is back already raises meanwhile."""
+        raised: BaseException | None = None
         for number, handler in self._handlers.items():
-            # Unless the caller's code has set another one in the meantime.
-            if signal.getsignal(number) == self._receive:
-                signal.signal(number, handler)
+            restored = False
+            while not restored:
+                try:
+                    # Unless the caller's code has set another one in the meantime.
+                    if signal.getsignal(number) == self._receive:
+                        signal.signal(number, handler)
+                    restored = True
+                except BaseException as error:
+                    raised = error
+        if raised is not None:
+            raise raised
