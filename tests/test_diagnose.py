@@ -1,6 +1,7 @@
 """Looking at statistics: the recorded four are those of the definition, and hooks go."""
 
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -233,6 +234,21 @@ def test_drift_shows_the_worst_layers_first_and_no_more_than_asked():
         assert ratios.get_xscale() == "log"
         assert "eps" in shifts.get_xlabel()
         assert "eps" in ratios.get_xlabel()
+
+
+@pytest.mark.parametrize("name", ["bn", "encoder.stages.3.blocks.12.mlp.norm_after_everything"])
+def test_nothing_that_is_written_below_the_panels_overlaps_or_is_cut_off(name):
+    model = nn.BatchNorm1d(2)
+    for part in reversed(name.split(".")):
+        model = nn.Sequential(OrderedDict({part: model}))
+    stats = bnstats.measure_population_stats(model, torch.randn(40, 2).split(8))
+    figure = bnstats.plot_drift(stats, model)
+    figure.draw_without_rendering()
+    shifts, ratios = (axes.xaxis.label.get_window_extent() for axes in figure.axes)
+    assert shifts.x1 < ratios.x0
+    assert ratios.x1 <= figure.bbox.x1
+    assert shifts.x0 >= 0
+    assert shifts.y0 >= 0
 
 
 @pytest.mark.parametrize(

@@ -102,21 +102,23 @@ def plot_drift(
         >>> import torch, bnstats
         >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
         >>> stats = bnstats.measure_population_stats(model, torch.randn(64, 3).split(8))
-        >>> [axes.get_xlabel() for axes in bnstats.plot_drift(stats, model).axes][1]
-        '(running variance + eps) / (population variance + eps)'
+        >>> bnstats.plot_drift(stats, model).axes[1].get_xlabel().splitlines()
+        ['(running variance + eps)', '/ (population variance + eps)']
     """
     report = _report(result, model)
     if worst < 1:
         raise InvalidValueError(f"worst: expected 1 or more, got {worst}")
     names = report.worst_first()[:worst]
-    figure = _new_figure(9, 1.6 + 0.28 * len(names))
+    # Names take room from the panels, which would else be narrower than what stands below them.
+    longest = max(map(len, names))
+    figure = _new_figure(9 + 0.09 * max(longest - 16, 0), 1.8 + 0.28 * len(names))
     shifts, ratios = figure.subplots(1, 2, sharey=True)
     for row, name in enumerate(names):
         drift = report[name]
         for panel, values in ((shifts, drift.mean_shift), (ratios, drift.var_ratio)):
             panel.plot(values, [row] * len(values), "o", color="#b2182b", markersize=3, alpha=0.4)
-    _label(shifts, 0, "(running mean - population mean) / sqrt(population variance + eps)")
-    _label(ratios, 1, "(running variance + eps) / (population variance + eps)")
+    _label(shifts, 0, "(running mean - population mean)\n/ sqrt(population variance + eps)")
+    _label(ratios, 1, "(running variance + eps)\n/ (population variance + eps)")
     ratios.set_xscale("log")
     shifts.set_yticks(range(len(names)), names)
     shifts.invert_yaxis()
