@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import subprocess
+import re
 import sys
 
 import pytest
@@ -85,6 +86,7 @@ def test_the_demo_on_photographs_tells_what_recalibration_is_worth(
     assert "fine-tuning: 100%" in err
     assert "4 steps of 16 pictures" in out
     assert "8 held-out pictures of 2 classes" in out  # one of five; the mirrored one is left out
+    assert re.search(r"On 8 pictures \d+\.\d% has a standard error of \d+\.\d points", out)
     for word in ("batch norm, 2", "EMABatchNorm, momentum 0.1, 16", "mean shift, sd"):
         assert word in out
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

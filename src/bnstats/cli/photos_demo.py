@@ -90,7 +90,16 @@ def _tell(outcomes: list[Outcome], data: Photos, steps: int) -> None:
     )
     for outcome in outcomes:
         print(f"{outcome.title:>30}  {outcome.running:>16.1%}  {outcome.population:>21.1%}")
+    print(f"\n{_how_sure(outcomes[0].population, len(data.test))}")
     print(f"\nThe first's running averages, worst layer first:\n\n{_first_lines(outcomes[0])}")
+
+
+def _how_sure(share: float, pictures: int) -> str:
+    error = (share * (1 - share) / pictures) ** 0.5
+    return (
+        f"On {pictures} pictures {share:.1%} has a standard error of {100 * error:.1f} points, and "
+        "another --seed changes as much:\ndifferences of that size mean nothing."
+    )
 
 
 def _first_lines(outcome: Outcome, layers: int = 10) -> str:
