@@ -29,6 +29,7 @@ from bnstats.private import (
     only_reverse_mode,
     unseen,
 )
+from bnstats.reduction import Expected
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,10 +38,9 @@ if TYPE_CHECKING:
 class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
     """BatchNorm with running statistics of its own; everything else is torch's.
 
-    Evaluation normalizes by the running statistics and training by the batch's own, as
-    ``nn.BatchNorm`` does: with torch's kernel, or where it is faster by
-    :mod:`bnstats.layers.batch_norm_cpu`. A batch of some positions, or of several processes, is
-    normalized by :mod:`bnstats.layers.given_moments`.
+    Evaluation normalizes by the running statistics and training by the batch's own: with torch's
+    kernel, or where it is faster by :mod:`bnstats.layers.batch_norm_cpu`. A batch of some
+    positions, or of several processes, is normalized by :mod:`bnstats.layers.given_moments`.
     """
 
     _input_dims: ClassVar[tuple[int, ...]] = (2, 3, 4, 5)
@@ -149,7 +149,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
             mask: boolean, of the input's shape without its channel axis, or broadcastable to
                 it; True for the positions whose values count. Every position is normalized.
         """
-        if isinstance(input, fx.Proxy):
+        if type(input) is not Tensor and isinstance(input, fx.Proxy):
             given = (input,) if mask is None else (input, mask)
             if (output := call_in_graph(self, *given)) is not None:
                 return output
@@ -210,7 +210,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         # A batch of no values has no statistics.
         moves = count > 0 and self.momentum != 0 and not self._held
         if count > 0 and on_host(input):
-            expected = like, self._running_stats()[1]
+            expected: Expected = like, self._buffers["running_var"]  # type: ignore[assignment]
             output, mean, var = batch_norm_cpu.batch_norm(input, weight, bias, self.eps, expected)
             # In a backward pass activation checkpointing runs a forward again.
             if moves and not in_backward_pass():

@@ -145,10 +145,11 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         return self.momentum == 1
 
     def _state(self) -> tuple[Tensor, Tensor]:
-        if self._buffers["exact_mean"].dtype in HALF:  # type: ignore[union-attr]
-            self._widen()
         exact_mean, exact_var = self._buffers["exact_mean"], self._buffers["exact_var"]
         assert exact_mean is not None and exact_var is not None
+        if exact_mean.dtype in HALF:
+            self._widen()
+            return self._state()
         again = is_traced() or is_captured(exact_mean)  # what is decided here is replayed
         if again or not self._versions.know(self._shown()):
             self._reconcile()

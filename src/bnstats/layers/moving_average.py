@@ -179,9 +179,10 @@ class MovingAverageBatchNorm(MovingAverageState):
         if input.numel() == 0 and (batch is None or batch.replicas is None):
             # No values, no statistics: what torch returns, and gradients of 0.
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=self.eps)
-        if self.window_mean_squares.dtype in HALF:
-            self._widen()
         wide = self.window_mean_squares.dtype
+        if wide in HALF:
+            self._widen()
+            wide = self.window_mean_squares.dtype
         check_dtype(input, wide)  # not left to torch: the state moves before it looks
         if has_tangent(input, weight, bias):
             raise InvalidValueError(
