@@ -3,8 +3,8 @@
 import contextlib
 import functools
 import io
-import subprocess
 import re
+import subprocess
 import sys
 
 import pytest
