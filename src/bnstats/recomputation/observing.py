@@ -231,7 +231,7 @@ def _outside_of_autograd() -> Iterator[None]:
 
 def _task(model: nn.Module, layers: tuple[ObservedLayer, ...]) -> Task:
     """Return the measurement that this is, but for a loader."""
-    options = Options(method=_METHOD.name, on_nonfinite="skip", sync=False)
+    options = Options(method=_METHOD.name, on_nonfinite="skip", sync=False, writes=False)
     return Task(
         model=model,
         layers=layers,

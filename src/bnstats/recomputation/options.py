@@ -22,7 +22,10 @@ from bnstats.traversal import Include
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them."""
+    """The options of :func:`bnstats.recompute_population_stats`, as the caller gave them.
+
+    ``writes`` is whether the layers get the statistics; what is only measured is to be a prior too.
+    """
 
     method: str = "pooled"
     forward: Forward | None = None
@@ -38,7 +41,7 @@ class Options:
     mask: Callable[[Any], Tensor] | None = None
     downsample: Downsample = None
     prior: PopulationStats | None = None
-    samples: bool = False
+    writes: bool = True
 
 
 def check_options(options: Options) -> None:

@@ -40,9 +40,10 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
         warn(_about_unseen(task, unseen))
-    for layer in task.layers:
-        if layer.name in stats:
-            warn_of_overflow(layer, stats[layer.name])
+    if task.own_forward is not None and not task.options.writes:  # to write them is an error
+        for layer in task.layers:
+            if layer.name in stats:
+                _warn_of_overflow(layer, stats[layer.name])
     if task.prior is not None:
         task.prior.warn_of_one_kind()
     return PopulationStats(
@@ -70,14 +71,14 @@ def _about_unseen(task: Task, unseen: list[ObservedLayer]) -> str:
     return message
 
 
-def warn_of_overflow(layer: ObservedLayer, stats: LayerStats) -> None:
-    """Warn of a variance beyond the layer's half buffer, by which its output became 0."""
+def _warn_of_overflow(layer: ObservedLayer, stats: LayerStats) -> None:
+    """Warn of a variance beyond the layer's half buffer: what it normalized with was infinite."""
     largest = torch.finfo(layer.running_var.dtype).max
     if (stats.var > largest).any():
         warn(
             f"layer '{layer.name}' has a variance of {float(stats.var.max()):.3g}, and its "
-            f"running_var holds up to {largest:g}: it normalized to 0 what the layers behind it "
-            "were given; measure model.float(), under autocast where that is wanted"
+            f"running_var holds up to {largest:g}: its output was 0, and the layers behind it were "
+            "measured on that; measure model.float(), under autocast where that is wanted"
         )
 
 

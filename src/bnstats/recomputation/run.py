@@ -266,7 +266,7 @@ def measure_population_stats(
         mask=mask,
         downsample=downsample,
         prior=prior,
-        samples=True,
+        writes=False,
     )
     with Interrupts() as interrupts:
         return _measure(model, loader, options, interrupts)[0]

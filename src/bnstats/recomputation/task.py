@@ -183,29 +183,16 @@ def prepare(
     inner = unwrap(model)
     check_options(options)
     check_prior(method, options)
-    if options.memory_limit is not None and not method.holds_inputs:
-        raise InvalidValueError(
-            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
-        )
+    check_memory_limit(method, options)
     check_loader(loader, method.name, rereads=method.rereads)
     check_mergeable(method, peers)
-    samples = method.samples and (options.samples or options.prior is not None)
-    layers = named_batchnorms(inner, options.include)
-    check_has_values(layers)
-    frozen = frozen_layers(inner, layers)
-    chosen = tuple(
-        ObservedLayer.of(n, x, samples=samples) for n, x in layers.items() if n not in frozen
-    )
-    check_sharding(inner, chosen, method)
-    check_own_statistics(chosen)
-    if not options.samples:  # they are to be written
-        check_writable({layer.name: layer.module for layer in chosen})
-    forward: Callable[[Any], Any] = (
+    chosen, frozen = choose_layers(inner, method, options)
+    own = BatchForward(
         DefaultForward(inner) if options.forward is None else partial(options.forward, inner)
     )
-    forward = own = BatchForward(forward)
+    forward: Callable[[Any], Any] = own
     if options.mask is not None:
-        forward = MaskedForward(forward, options.mask, options.downsample)
+        forward = MaskedForward(own, options.mask, options.downsample)
     return Task(
         model=inner,
         layers=chosen,
@@ -220,6 +207,32 @@ def prepare(
         interrupts=interrupts,
         own_forward=own,
     )
+
+
+def choose_layers(
+    model: nn.Module, method: Method, options: Options
+) -> tuple[tuple[ObservedLayer, ...], tuple[str, ...]]:
+    """Return the layers to measure, and the names of those left alone."""
+    samples = method.samples and not (options.writes and options.prior is None)
+    layers = named_batchnorms(model, options.include)
+    check_has_values(layers)
+    frozen = frozen_layers(model, layers)
+    chosen = tuple(
+        ObservedLayer.of(n, x, samples=samples) for n, x in layers.items() if n not in frozen
+    )
+    check_sharding(model, chosen, method)
+    check_own_statistics(chosen)
+    if options.writes:
+        check_writable({layer.name: layer.module for layer in chosen})
+    return chosen, frozen
+
+
+def check_memory_limit(method: Method, options: Options) -> None:
+    """Refuse a limit for methods that hold nothing."""
+    if options.memory_limit is not None and not method.holds_inputs:
+        raise InvalidValueError(
+            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
+        )
 
 
 def check_prior(method: Method, options: Options) -> None:
