@@ -1,8 +1,10 @@
 """Statistics of forwards that the user runs: all of them, and nothing else is different."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -418,3 +420,19 @@ def test_a_forward_that_returns_none_counts_while_an_earlier_error_is_handled():
         except StopIteration:
             model(torch.randn(8, 3))
     assert seen.stats()["norm"].count == 8
+
+
+def test_an_error_that_was_handled_in_a_forward_is_not_kept():
+    class HandledError(Exception):
+        pass
+
+    model, kept = nn.BatchNorm1d(3), None
+    with bnstats.observe(model) as seen:
+        try:
+            raise HandledError
+        except HandledError as error:
+            kept = weakref.ref(error)
+            model(torch.randn(8, 3))
+    gc.collect()
+    assert kept() is None
+    assert seen.stats()[""].count == 8

@@ -181,6 +181,7 @@ class Observation:
             self._thread.moments.clear()  # it failed
         self._end_batch()
         self._thread.in_forward = False
+        self._thread.handled = None  # else it would be kept, with all the frames that it came from
 
     def _on_input(self, layer: ObservedLayer, input: Tensor) -> None:
         if torch.compiler.is_compiling() or in_backward_pass():
