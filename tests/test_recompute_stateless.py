@@ -60,14 +60,24 @@ def test_forwards_side_by_side_that_replace_parameters_are_refused_and_all_are_p
     assert_untouched(model, before)
 
 
-def test_parameters_of_layers_without_weights_are_put_back_too():
-    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+@pytest.mark.parametrize("names", [["0.weight"], ["2.bias"], ["0.weight", "0.bias", "2.weight"]])
+@pytest.mark.parametrize("affine", [False, True])
+def test_so_are_forwards_that_replace_parameters_of_other_layers(names, affine):
+    # Batches that waited at the layer went on with what a later one had put in.
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=affine), nn.Linear(3, 2))
     before = snapshot(model)
-    batches = torch.randn(64, 3).split(8)
-    bnstats.measure_population_stats(
-        model, batches, method="layerwise", forward=with_other_parameters
-    )
+    parameters = [*model.parameters()]
+
+    def forward(model, batch):
+        own = dict(model.named_parameters())
+        return functional_call(model, {name: own[name] * 1.5 for name in names}, (batch,))
+
+    with pytest.raises(InvalidValueError, match=r"layer '1'.*use method=\"sweeps\""):
+        bnstats.measure_population_stats(
+            model, torch.randn(64, 3).split(8), method="layerwise", forward=forward
+        )
     assert_untouched(model, before)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
 
 
 class InputGradients(nn.Module):

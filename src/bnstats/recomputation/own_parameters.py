@@ -18,28 +18,30 @@ class OwnParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # (TorchScript's can be replaced by nobody.)
-        modules = (x for x in model.modules() if not isinstance(x, torch.jit.ScriptModule))
-        self._of = {module: dict(module._parameters) for module in modules}
+        self._own = [
+            (module._parameters, key, parameter)
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)  # whose parameters nobody replaces
+            for key, parameter in module._parameters.items()
+        ]
 
     def check(self, layer: ObservedLayer) -> None:
-        """Refuse a forward that has replaced a layer's weight.
+        """Refuse a forward that has replaced a parameter by the time that it reaches a layer.
 
         Not one that has loaded what was offloaded to the meta device.
         """
-        module = layer.module
-        own, now = self._of[module].get("weight"), module._parameters.get("weight")
-        if own is not now and not (own is None or own.is_meta):
-            raise InvalidValueError(
-                f"layer '{layer.name}': the forward replaces the model's parameters while it runs "
-                "(as torch.func.functional_call does), and forwards run side by side with "
-                'method="layerwise"; use method="sweeps", which runs one at a time'
-            )
+        for now, key, own in self._own:
+            if now.get(key) is not own and not (own is None or own.is_meta):
+                raise InvalidValueError(
+                    f"layer '{layer.name}': the forward replaces the model's parameters while it "
+                    "runs (as torch.func.functional_call does), and forwards run side by side with "
+                    'method="layerwise"; use method="sweeps", which runs one at a time'
+                )
 
     def __enter__(self) -> None:
         """Begin: the parameters are the model's own."""
 
     def __exit__(self, *_: object) -> None:
         """Put back every parameter that is not."""
-        for module, parameters in self._of.items():
-            module._parameters.update(parameters)
+        for now, key, own in self._own:
+            now[key] = own
