@@ -149,6 +149,17 @@ def test_tracing_leaves_a_forward_that_keeps_state_alone():
         assert (id(buffer), buffer) == buffers[name]
 
 
+def test_tracing_calls_no_hook():
+    model, calls = Written(), []
+    model.register_forward_hook(lambda module, args, output: calls.append(output))
+    model.block.register_forward_hook(lambda module, args, output: calls.append(output))
+    model.block[0].register_forward_pre_hook(lambda module, args: calls.append(args))
+    assert centered(convert(model)) == {"first", "block.0.0"}
+    assert calls == []
+    model(torch.randn(3, 4))
+    assert len(calls) == 3
+
+
 def test_a_layer_with_one_weight_to_an_output_is_not_centered_away():
     model = nn.Sequential(
         nn.Conv2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4), nn.Flatten(),

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -126,6 +127,10 @@ def _traced_pairs(
             return model.get_submodule(qualified_name) in leaves or super().is_leaf_module(
                 m, qualified_name
             )
+
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:  # noqa: ARG002
+            # Without the module's hooks: a copy shares what they write to.
+            return super().call_module(m, m.forward, args, kwargs)
 
     try:
         # The model's own code runs on symbols: it may warn, draw random numbers, and store them.
