@@ -366,7 +366,16 @@ BAD = {
         lambda: {"mask": VALID.repeat(1, 2)}, InvalidValueError, "downsample='any'",
     ),
     "no valid position": (lambda: {"mask": VALID & False}, InvalidValueError, "no valid value"),
-    "another device": (lambda: {"mask": VALID.to("meta")}, InvalidValueError, "meta"),
+    "another device": (
+        lambda: {"mask": VALID.to("meta")}, InvalidValueError, r"meta: pass mask.to\('cpu'\)",
+    ),
+    "integers": (lambda: {"mask": VALID.long()}, InvalidTypeError, "int64: pass mask != 0"),
+    "a channel axis": (
+        lambda: {"mask": VALID[:, None]}, InvalidValueError, "leave its channel axis out",
+    ),
+    "fewer positions": (
+        lambda: {"mask": VALID[:, :4]}, InvalidValueError, r"more positions.*downsample=f",
+    ),
 }  # fmt: skip
 
 
@@ -420,6 +429,11 @@ def test_torchs_own_layers_are_refused_where_they_train():
     with (
         pytest.raises(InvalidValueError, match="downsample"),
         bnstats.masked(model[0], VALID, "most"),
+    ):
+        pass
+    with (
+        pytest.raises(InvalidValueError, match="downsample"),
+        bnstats.masked(model[0], VALID, VALID.numpy()),
     ):
         pass
 

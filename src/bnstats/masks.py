@@ -40,15 +40,15 @@ class Mask(NamedTuple):
         if self.valid.device != x.device:
             raise InvalidValueError(
                 f"{self.where}: expected a mask on the input's device {x.device}, got one on "
-                f"{self.valid.device}"
+                f"{self.valid.device}: pass mask.to({str(x.device)!r})"
             )
         positions = (x.shape[0], *x.shape[2:])
         valid = self.valid
         if not _broadcasts(valid.shape, positions):
-            valid = self._downsampled(torch.Size(positions[1:]), positions)
+            valid = self._downsampled(torch.Size(positions[1:]), positions, x.shape[1])
         return valid.reshape(*[1] * (len(positions) - valid.dim()), *valid.shape).unsqueeze(1)
 
-    def _downsampled(self, size: torch.Size, positions: Sequence[int]) -> Tensor:
+    def _downsampled(self, size: torch.Size, positions: Sequence[int], channels: int) -> Tensor:
         valid, downsample = self.valid, self.downsample
         message = (
             f"{self.where}: expected a mask that broadcasts to {tuple(positions)}, the input's "
@@ -58,14 +58,15 @@ class Mask(NamedTuple):
             valid = downsample(valid, size)
             check_mask(valid, f"{self.where}: downsample's result")
         elif not _can_shrink(valid.shape, positions):
-            raise InvalidValueError(message)
+            raise InvalidValueError(message + _remedy(valid.shape, positions, channels))
         elif downsample is not None:
             valid = _shrink(valid, size, every=downsample == "all")
         elif valid.shape[1:].numel() == 1:  # nothing to choose between
             valid = valid.reshape(-1, *[1] * len(size))
         else:
             raise InvalidValueError(
-                f"{message}: pass downsample='any', 'all' or a function (mask, size) -> mask"
+                f"{message}: let it follow by downsample='any', 'all' or a function "
+                "(mask, size) -> mask, which bnstats.masked and the recalibration take"
             )
         if not _broadcasts(valid.shape, positions):
             raise InvalidValueError(f"{message}, and {tuple(valid.shape)} from downsample")
@@ -84,13 +85,20 @@ def given_mask(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 def check_mask(mask: Any, where: str) -> None:
     """Refuse what is no boolean tensor; ``where`` begins the message."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise InvalidTypeError(f"{where}: expected a mask of torch.bool, got {got}")
+        given = isinstance(mask, Tensor)
+        got = mask.dtype if given else type(mask).__name__
+        # Zeros mean padding in some libraries' masks, and what counts in those that are added.
+        remedy = "mask != 0 or mask == 0, whichever is" if given else "a tensor that is"
+        raise InvalidTypeError(
+            f"{where}: expected a mask of torch.bool, got {got}: pass {remedy} True for the "
+            "positions that count"
+        )
 
 
 def check_downsample(downsample: Any) -> None:
     """Refuse what is no way to downsample."""
-    if downsample is not None and downsample not in ("any", "all") and not callable(downsample):
+    known = isinstance(downsample, str) and downsample in ("any", "all")
+    if downsample is not None and not known and not callable(downsample):
         raise InvalidValueError(
             "downsample: expected None, 'any', 'all' or a function (mask, size) -> mask, got "
             f"{downsample!r}"
@@ -102,6 +110,19 @@ def _broadcasts(shape: Sequence[int], positions: Sequence[int]) -> bool:
         return False
     pairs = zip(reversed(shape), reversed(positions), strict=False)
     return all(own == 1 or own == theirs for own, theirs in pairs)  # not in a tuple: SymInts
+
+
+def _remedy(shape: Sequence[int], positions: Sequence[int], channels: int) -> str:
+    """Say, for the end of a message, what to do about a mask that cannot shrink."""
+    if len(shape) == len(positions) + 1 and shape[1] in (1, channels):
+        return ": leave its channel axis out, mask[:, 0] for one of shape (N, 1, ...)"
+    if len(shape) == len(positions) and shape[0] in (1, positions[0]):
+        return (
+            ": where a layer has more positions than the mask, let it follow by "
+            "downsample=f, a function (mask, size) -> mask, which bnstats.masked and the "
+            "recalibration take"
+        )
+    return ""
 
 
 def _can_shrink(shape: Sequence[int], positions: Sequence[int]) -> bool:
