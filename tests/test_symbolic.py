@@ -66,6 +66,21 @@ def test_a_mask_is_an_input_of_the_graph(family):
     assert torch.equal(torch.fx.symbolic_trace(layer)(x, mask), twin(x, mask))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_names_a_centered_layer_too():
+    class Scaled(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x * 2, self.weight, self.bias)
+
+    own, _ = bnstats.convert_batchnorm(
+        nn.Sequential(Scaled(3, 4, 3), nn.BatchNorm2d(4)), "moving_average"
+    )
+    layers = bnstats.CenteredConv1d(3, 4, 1), bnstats.CenteredConv2d(3, 4, 1)
+    for layer in (own, *layers, bnstats.CenteredConv3d(3, 4, 1), bnstats.CenteredLinear(3, 4)):
+        with pytest.raises(InvalidTypeError, match=f"{type(layer).__name__}: .*revert_batchnorm"):
+            torch.jit.script(layer)
+
+
 @each_family
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bnstats.layers.symbolic import call_in_graph
+from bnstats.layers.symbolic import Unscriptable, call_in_graph
 
 
 def centered(weight: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def centered(weight: Tensor) -> Tensor:
     return weight - mean
 
 
-class CenteredLinear(nn.Linear):
+class CenteredLinear(Unscriptable, nn.Linear):
     """``nn.Linear`` with centered weights: ``x (w - mean(w))^T + bias``, one mean per output.
 
     Args:
@@ -59,7 +59,7 @@ class CenteredLinear(nn.Linear):
         return F.linear(input, centered(self.weight), self.bias)
 
 
-class _CenteredConv(nn.Module):
+class _CenteredConv(Unscriptable, nn.Module):
     weight: Tensor
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -97,7 +97,7 @@ class CenteredConv3d(_CenteredConv, nn.Conv3d):
     """``nn.Conv3d`` with centered weights; see :class:`CenteredConv2d`."""
 
 
-class CenteredForward(nn.Module):
+class CenteredForward(Unscriptable, nn.Module):
     """A layer whose class has a forward of its own, which reads a centered weight there.
 
     Outside of the forward ``weight`` is the parameter, as with the layers above, so that
