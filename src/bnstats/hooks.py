@@ -1,4 +1,4 @@
-"""Hooks of one module, which its copies do not have."""
+"""Hooks of one module, which its copies do not have; and what a forward hook is called with."""
 
 from __future__ import annotations
 

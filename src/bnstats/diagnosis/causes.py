@@ -16,8 +16,9 @@ from bnstats.traversal import first_names
 _NOISY_BATCH = 0.5
 """Standard error of one batch's statistics from which on it normalizes by noise: of 4 values."""
 
-_OF_ONE_KIND = 2.0
-"""Spread between batches, over what their samples explain, from which on they are not random."""
+_NOT_RANDOM = 2.0
+"""Ratio of the spread between batches to what random samples would have, from which on the loader
+is taken to be not shuffled."""
 
 _HIGH_MOMENTUM = 0.5
 """Momentum from which on an average is worth three batches or fewer."""
@@ -105,7 +106,7 @@ def _not_shuffled(_: Mapping[str, Case], cases: Mapping[str, Case]) -> Finding |
         name: case.explained
         for name, case in cases.items()
         if case.explained.of_one_batch > _NOISY_BATCH
-        and case.explained.of_one_batch > _OF_ONE_KIND * case.explained.of_its_samples
+        and case.explained.of_one_batch > _NOT_RANDOM * case.explained.of_its_samples
     }
     if not unlike:
         return None

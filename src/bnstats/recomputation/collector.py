@@ -235,9 +235,9 @@ def within_tolerance(
     """
     if tolerance is None:
         return False
-    columns = zip(*(part.split([x.num_features for x in layers]) for part in estimate), strict=True)
     if not (estimate.num_values > 0).any():
-        return False  # of which nothing is sure
+        return False  # no layer was reached yet
+    columns = zip(*(part.split([x.num_features for x in layers]) for part in estimate), strict=True)
     errors = []
     for layer, column in zip(layers, columns, strict=True):
         part = Estimate(*column)
