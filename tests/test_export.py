@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from cases import FAMILIES, each_family
+from cases import FAMILIES
+from versions import fails_on_oldest
 
 OPTIONS = [
     (FAMILIES[0], {"debias": False}),
@@ -14,6 +15,18 @@ OPTIONS = [
     (FAMILIES[0], {"momentum": 1.0}),
     (FAMILIES[1], {"momentum": 1.0}),
 ]
+
+
+def each_family(*unknown_to_oldest):
+    """All families; of those named torch 2.6's export fails."""
+    mark = fails_on_oldest("its export keeps no tensor that a forward makes, or no state of MABN's")
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(f, marks=[mark] * (f.name in unknown_to_oldest), id=f.name)
+            for f in FAMILIES
+        ],
+    )
 
 
 def exported(layer, strict):
@@ -32,11 +45,16 @@ def assert_goes_on(program, layer):
     assert [key for key in moved if key.endswith("num_batches_tracked")]
 
 
-@each_family
-@pytest.mark.parametrize("strict", [False, True])
-def test_a_training_layer_is_exported_for_batches_of_any_size(family, strict):
+@each_family("renorm")
+def test_a_training_layer_is_exported_for_batches_of_any_size(family):
     layer = family.make(2)
-    assert_goes_on(exported(copy.deepcopy(layer), strict).module(), layer)
+    assert_goes_on(exported(copy.deepcopy(layer), strict=False).module(), layer)
+
+
+@each_family("moving_average", "renorm")
+def test_so_it_is_strictly(family):
+    layer = family.make(2)
+    assert_goes_on(exported(copy.deepcopy(layer), strict=True).module(), layer)
 
 
 @pytest.mark.parametrize(("family", "options"), OPTIONS, ids=lambda x: getattr(x, "name", str(x)))
@@ -47,7 +65,7 @@ def test_so_it_is_with_its_options(family, options):
 
 # torch's own, from a copy of what it exported
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
-@each_family
+@each_family("moving_average", "renorm")
 def test_an_exported_model_decomposes(family):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), family.make(2), nn.Conv2d(3, 3, 1), family.make(2))
     program = exported(copy.deepcopy(model), False).run_decompositions()
