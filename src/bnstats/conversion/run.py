@@ -79,7 +79,8 @@ def convert_batchnorm(model: M, to: Target, *, include: Include | None = None, *
     same objects, with the same Parameters and buffers, hooks, training flag, eps and momentum.
     Names and order of sub-modules, parameters and state-dict keys do not change, but for the
     buffers that a family adds. An optimizer built before goes on; so do
-    DistributedDataParallel and torch.compile, which are seen through.
+    DistributedDataParallel and torch.compile, which are seen through. torch.fx records each layer
+    as one node, as it does torch's, and torch.export exports it.
 
     What the running statistics go on from:
 
@@ -183,7 +184,7 @@ def revert_batchnorm(model: M) -> M:
     """Make this package's layers plain ``nn.BatchNorm1d/2d/3d`` again, in place.
 
     The way back from :func:`convert_batchnorm`; it also works on models that were built with
-    these layers. Afterwards the tools that know only torch's own classes (export, TorchScript,
+    these layers. Afterwards the tools that know only torch's own classes (ONNX, TorchScript,
     quantization, fusion) accept the model. All that conversion keeps is kept, and the model
     evaluates to the same bits. Centered layers become plain ones, their weights centered in
     place.

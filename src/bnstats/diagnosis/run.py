@@ -57,10 +57,10 @@ def diagnose(
     Args:
         model: any Module; wrappers are seen through. It may be in training or evaluation mode; a
             layer in evaluation mode in a model that trains counts as frozen.
-        loader: batches of the training data, as large as in training. Arguments about it are those
-            of :func:`recompute_population_stats`. It is read once; with a metric and no target,
-            twice; where averages seem to lag in a model with dropout, once more. What then
-            cannot be measured, or not of a target, is said in the evidence.
+        loader: batches of the training data, shuffled and as large as in training. Arguments about
+            it are those of :func:`recompute_population_stats`. It is read once; with a metric and
+            no target, twice; where averages seem to lag in a model with dropout, once more. What
+            then cannot be measured, or not of a target, is said in the evidence.
         metric: ``metric(model, batch)`` returns a number for each sample, the larger the better:
             ``model(batch[0]).argmax(1) == batch[1]``, or minus a loss. It is compared sample by
             sample with running and with population statistics, on the target if there is one.

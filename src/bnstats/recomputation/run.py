@@ -86,10 +86,10 @@ def recompute_population_stats(
       through the model together, each in a thread that is held at every layer until the layer
       has seen them all. It computes one forward of the data and holds the activations of all
       its batches: about the largest layer's input, and what skips over it, times the number of
-      batches. The forward must not keep anything on the model from one layer to the next, nor
-      hold a lock, as other batches run in between. A layer that only some batches reach is
-      completed with those, once no batch can go on otherwise.
-      A sharded model (``fully_shard``) is refused: its forwards wait for other processes.
+      batches. The forward must not keep anything on the model from one layer to the next, replace
+      its parameters (``functional_call``) or hold a lock, as other batches run in between. A layer
+      that only some batches reach is completed with those, once no batch can go on otherwise. A
+      sharded model (``fully_shard``) is refused: its forwards wait for other processes.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as nothing is left to measure: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
@@ -105,7 +105,8 @@ def recompute_population_stats(
             arguments. What has a ``to`` method moves to the device, at any depth. A first
             element of several floating-point tensors (two views, for example) is refused.
         method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
-        forward: ``forward(model, batch)`` for everything else, for example under autocast.
+        forward: ``forward(model, batch)`` for everything else, for example under autocast; with
+            ``torch.func.functional_call`` it may bring parameters, and no buffers.
         device: where batches go; by default where the model's first parameter is.
         max_batches: stop after so many.
         tolerance: stop reading as soon as, in every layer that was reached, the
@@ -120,8 +121,7 @@ def recompute_population_stats(
             ``PopulationStats.stderr_is_conditional``): more batches are read than needed.
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation. It is also asked for modules of other classes that have a BatchNorm's
-            running statistics, for example torchvision's FrozenBatchNorm2d; by default these keep
-            theirs.
+            running statistics, as torchvision's FrozenBatchNorm2d; by default these keep theirs.
         correction: 1 for unbiased variances, 0 for biased ones.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
@@ -153,7 +153,7 @@ def recompute_population_stats(
 
     Raises:
         InvalidValueError: an unknown method or option, an empty loader, an iterator with
-            ``"sweeps"``, ``"ema"`` over several processes.
+            ``"sweeps"``, ``"ema"`` over several processes, a model that is being measured already.
         InvalidTypeError: not a Module, not a loader, a batch that needs ``forward``, a lazy
             layer not yet materialized.
         NonFiniteStatisticsError: a batch with NaN or infinity, unless skipped.
