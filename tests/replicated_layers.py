@@ -275,6 +275,21 @@ def groups_are_kept_apart(family):
     return scenario
 
 
+def a_group_that_was_destroyed_is_named(rank, world):
+    group = dist.new_group()
+    layer, x = bnstats.EMABatchNorm1d(4, sync=group), torch.randn(3, 4)
+    layer(x)
+    dist.destroy_process_group(group)
+    with pytest.raises(InvalidValueError, match=r"sync: .* was destroyed"):
+        layer(x)
+    with pytest.raises(InvalidValueError, match=r"sync: .* was destroyed"):
+        bnstats.measure_population_stats(layer, [x], sync=group)
+    layer.eval()(x)
+    layer.sync = True
+    layer.train()(x)
+    assert layer.num_batches_tracked == 2
+
+
 def too_long_ago_for_a_checkpoint(rank, world):
     layer = bnstats.EMABatchNorm1d(4, sync=True)
     xs = [torch.randn(3, 4, requires_grad=True) for _ in range(17)]
@@ -328,6 +343,7 @@ SCENARIOS = {
     "synchronized.layers_compiled_one_by_one_share_their_code": (
         layers_compiled_one_by_one_share_their_code
     ),
+    "synchronized.a_group_that_was_destroyed_is_named": a_group_that_was_destroyed_is_named,
     "synchronized.too_long_ago_for_a_checkpoint": too_long_ago_for_a_checkpoint,
     "synchronized.torch_func_has_the_gradient_of_moving_averages": (
         torch_func_has_the_gradient_of_moving_averages

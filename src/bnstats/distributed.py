@@ -66,6 +66,7 @@ class Peers:
             raise InvalidTypeError(
                 f"sync: expected True, False, None or a process group, got {type(sync).__name__}"
             )
+        _backend_config(sync)
         return cls(sync)
 
     def agreement(self) -> Agreement:
@@ -111,11 +112,23 @@ class Peers:
         Without an index, as torch's own collectives of objects: on the current device, which
         with nccl the caller has set by ``torch.cuda.set_device``.
         """
-        config = dist.get_backend_config(self._group)  # "cpu:gloo,cuda:nccl"
+        config = _backend_config(self._group)
         backends = dict(pair.split(":") for pair in config.split(","))
         if backends.get(kind, "gloo") == "gloo":  # which gathers on CPU only
             kind = "cpu" if "cpu" in backends else next(iter(backends))
         return torch.device(kind)
+
+
+def _backend_config(group: ProcessGroup | None) -> str:
+    """Return where a group exchanges tensors of each device, "cpu:gloo,cuda:nccl" for example."""
+    try:
+        return dist.get_backend_config(group)
+    except TypeError:  # torch has forgotten the group
+        raise InvalidValueError(
+            "sync: expected a process group that can be used, got one that was destroyed by "
+            "torch.distributed.destroy_process_group: pass one made since, for a layer as "
+            "layer.sync = group"
+        ) from None
 
 
 def is_group(value: object) -> TypeGuard[ProcessGroup]:
