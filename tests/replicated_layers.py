@@ -196,6 +196,8 @@ def a_forward_that_fails_in_one_process_fails_in_all(family, what):
             "dtype": (x.double(), mask),
             "integers": (x.long(), mask),
             "mask": (x, mask.float()),
+            "device": (x.to("meta"), mask),
+            "no tensor": (x.tolist(), mask),
         }[what]
         if rank == 1:
             with pytest.raises((InvalidValueError, InvalidTypeError)):
@@ -338,7 +340,7 @@ SCENARIOS = {
             a_forward_that_fails_in_one_process_fails_in_all(family, what)
         )
         for family in FAMILIES
-        for what in ("input", "dtype", "integers", "mask")
+        for what in ("input", "dtype", "integers", "mask", "device", "no tensor")
     },
     "synchronized.layers_compiled_one_by_one_share_their_code": (
         layers_compiled_one_by_one_share_their_code

@@ -16,7 +16,7 @@ from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.functionalized import forward_below
 from bnstats.layers.given_moments import by_definition, normalize, scale_and_shift
 from bnstats.layers.mask_recall import MaskRecall, mask_of_forward
-from bnstats.layers.replicas import Replicas, check_reverse_mode
+from bnstats.layers.replicas import Replicas, check_reverse_mode, check_tensor
 from bnstats.layers.symbolic import Unscriptable, call_in_graph
 from bnstats.layers.sync_converter import Unset
 from bnstats.layers.tracking import HALF, TrackingBatchNorm, is_traced
@@ -177,12 +177,15 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         if replicas is None:
             self._check_input_dim(input)
             return None if given is None else Batch(given.fit(input), where=given.where)
+        # The others' messages lie where the layer does, whatever this input is.
+        device = getattr(self.running_mean if self.weight is None else self.weight, "device", None)
         try:
+            check_tensor(where, input, device)
             self._check_input_dim(input)
             self._check_dtype(input)
             valid = None if given is None else given.fit(input)
         except Exception:
-            replicas.tell_of_failure(self.num_features, input.device)
+            replicas.tell_of_failure(self.num_features, device)
             raise
         return Batch(valid, replicas, where if given is None else given.where)
 

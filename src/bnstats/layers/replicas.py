@@ -80,12 +80,13 @@ class Replicas(Referable):
             total: Tensor = opaque(_SUM, _sum)(x, self.reference)
         return total
 
-    def tell_of_failure(self, channels: int, device: torch.device) -> None:
+    def tell_of_failure(self, channels: int, device: torch.device | None) -> None:
         """Send an error to the others, who wait for this process's moments.
 
         (No context around what may fail: torch 2.6 compiles none that is made of a generator.)
         """
         if not self.alone and not in_backward_pass():
+            device = device or self._peers().common_device
             size, dtype = 1 + 2 * channels, wide_dtype(device)
             self._peers().all_gather(torch.full((size,), torch.nan, dtype=dtype, device=device))
 
@@ -116,6 +117,17 @@ def check_reverse_mode(layer: str) -> None:
         raise InvalidValueError(
             f"{layer}: sync: expected None under torch.func's transforms and forward-mode "
             "differentiation: no rule of theirs knows a collective"
+        )
+
+
+def check_tensor(where: str, input: Any, device: torch.device | None) -> None:
+    """Refuse what is no tensor, or one that the layer cannot work on with its own."""
+    if not isinstance(input, Tensor):
+        raise InvalidTypeError(f"{where}: expected a tensor, got {type(input).__name__}")
+    if device is not None and input.device != device:
+        raise InvalidValueError(
+            f"{where}: expected an input on the layer's device {device}, got one on "
+            f"{input.device}: pass input.to({str(device)!r})"
         )
 
 
