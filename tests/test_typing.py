@@ -52,8 +52,8 @@ MISTAKES = [
 ]
 
 
-# What torch and a figure import and no type of the surface comes from; reading it takes mypy most
-# of its time.
+# What torch and a figure import, and no mistake above depends on: of the surface's types, Figure
+# and ProcessGroup come from there. Reading it takes mypy most of its time.
 UNREAD = [
     *("IPython", "matplotlib", "numpy", "sympy", "torch._dynamo", "torch._functorch"),
     *("torch._inductor", "torch.ao", "torch.distributed", "torch.export", "torch.fx"),
