@@ -1,4 +1,4 @@
-"""Checks of what a layer's constructor is given."""
+"""Checks of what a layer is given: of its options, and of an input's dtype."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.layers.tracking import HALF
 
 
 def check_integer(name: str, argument: str, value: Any, least: int) -> None:
@@ -48,4 +52,13 @@ def check_momentum(name: str, momentum: float | None) -> None:
         raise InvalidValueError(
             f"{name}: momentum: expected a number in [0, 1], the weight of the new batch "
             f"(PyTorch's convention), got {momentum}"
+        )
+
+
+def check_dtype(name: str, x: Tensor, wide: torch.dtype) -> None:
+    """Refuse an input that torch does not normalize with statistics of the wide dtype."""
+    fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
+    if not x.is_floating_point() or x.dtype not in fitting:
+        raise InvalidTypeError(
+            f"{name}: expected an input of {' or '.join(map(str, fitting))}, got {x.dtype}"
         )

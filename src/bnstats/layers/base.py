@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from bnstats.arguments import describe_channels_last, warn_of_momentum
-from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.errors import InvalidValueError
 from bnstats.layers import batch_norm_cpu
-from bnstats.layers.arguments import check_eps, check_integer, check_momentum
+from bnstats.layers.arguments import check_dtype, check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.functionalized import forward_below
 from bnstats.layers.given_moments import by_definition, normalize, scale_and_shift
@@ -193,12 +193,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         """Refuse what torch's kernel would not take once the processes have exchanged moments."""
         wide = input.dtype if self.weight is None else self.weight.dtype
         wide = torch.float32 if wide in HALF else wide
-        fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
-        if not input.is_floating_point() or input.dtype not in fitting:
-            raise InvalidTypeError(
-                f"{type(self).__name__}({self.num_features}): expected an input of "
-                f"{' or '.join(map(str, fitting))}, got {input.dtype}"
-            )
+        check_dtype(f"{type(self).__name__}({self.num_features})", input, wide)
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None

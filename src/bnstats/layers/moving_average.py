@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bnstats.errors import InvalidValueError
-from bnstats.layers.arguments import check_integer, check_limit
+from bnstats.layers.arguments import check_dtype, check_integer, check_limit
 from bnstats.layers.batch import Batch
-from bnstats.layers.moving_average_gradient import check_dtype, normalize_about_zero
+from bnstats.layers.moving_average_gradient import normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
 from bnstats.layers.moving_average_step import Options, take_step
 from bnstats.layers.tracking import HALF
@@ -183,7 +183,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         if wide in HALF:
             self._widen()
             wide = self.window_mean_squares.dtype
-        check_dtype(input, wide)  # not left to torch: the state moves before it looks
+        if input.dtype != wide:
+            self._check_dtype(input)  # not left to torch: the state moves before it looks
         if has_tangent(input, weight, bias):
             raise InvalidValueError(
                 f"{type(self).__name__}({self.num_features}): forward-mode differentiation: "
@@ -205,7 +206,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         return normalize_about_zero(input, weight, bias, *scale, mask, count, replicas)
 
     def _check_dtype(self, input: Tensor) -> None:
-        check_dtype(input, self.window_mean_squares.dtype)
+        name = f"{type(self).__name__}({self.num_features})"
+        check_dtype(name, input, self.window_mean_squares.dtype)
 
     def extra_repr(self) -> str:
         """Return the options, those that ``nn.BatchNorm`` lacks last."""

@@ -11,24 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
-from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.errors import InvalidValueError
 from bnstats.layers.given_moments import with_finite_padding
 from bnstats.layers.operators import opaque, referred, register
-from bnstats.layers.tracking import HALF, replace_where
+from bnstats.layers.tracking import replace_where
 from bnstats.private import intercepted, on_host, only_reverse_mode
 
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
-
-
-def check_dtype(x: Tensor, wide: torch.dtype) -> None:
-    """Refuse an input that torch does not normalize with statistics of the wide dtype."""
-    if x.dtype == wide:
-        return
-    fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
-    if x.dtype not in fitting:
-        expected = " or ".join(map(str, fitting))
-        raise InvalidTypeError(f"MovingAverageBatchNorm: input: expected {expected}, got {x.dtype}")
 
 
 def normalize_about_zero(*arguments: Any) -> Tensor:
