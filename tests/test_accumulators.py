@@ -156,8 +156,8 @@ LAYERS = {
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
 @pytest.mark.parametrize("momentum", [0, 0.1, 1.0, None])
 def test_the_weights_are_a_pure_function_of_the_counters(make, momentum):
-    layer = make(3, momentum=momentum)
-    nowhere = make(3, momentum=momentum, device="meta")  # which has no values to read
+    layer = cases.built(make, 3, momentum=momentum)
+    nowhere = cases.built(make, 3, momentum=momentum, device="meta")  # which has no values to read
     before = cases.state(layer)
     for count in (0, 7):
         numbers = [count * (1 + index) for index in range(len(layer._counters))]
