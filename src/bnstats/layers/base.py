@@ -177,7 +177,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         if replicas is None:
             self._check_input_dim(input)
             return None if given is None else Batch(given.fit(input), where=given.where)
-        # The others' messages lie where the layer does, whatever this input is.
+        # The others send from the layer's device; this input may be on another.
         device = getattr(self.running_mean if self.weight is None else self.weight, "device", None)
         try:
             check_tensor(where, input, device)

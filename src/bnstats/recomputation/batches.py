@@ -107,7 +107,7 @@ class BatchCounts(NamedTuple):
     def of(cls, reader: Reader, num_skipped: int) -> BatchCounts:
         """Return what one process has read."""
         length = math.nan if reader.length is None else reader.length
-        if reader.reached_end:  # whatever its length was said to be
+        if reader.reached_end:  # a stated length may be wrong
             length = reader.num_read
         return cls(reader.num_read, num_skipped, length, reader.exhausted)
 
