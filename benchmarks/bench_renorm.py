@@ -7,13 +7,14 @@ The warm-up is the first tenth of a training's forwards, the ramp the next three
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 from torch import nn
 
 import bnstats
-from benchmarks import command
+from benchmarks import command, report
 from benchmarks.bench_layers import LARGE_ON_CPU, TRAINING
 from benchmarks.bench_small_batch import GRADIENT_BATCH, Setting, moving_average, train
 from benchmarks.rows import Row, Run
@@ -26,6 +27,7 @@ STEPS = 400
 BATCHES = (32, 8, 4, 2)
 OF_FEW_CLASSES = (8, 4)
 """Batches that are also made of few classes: a gradient's samples, sorted, in parts."""
+NOTE = "Test error in %, median and range of five seeds. "
 
 
 def measure(run: Run) -> list[Row]:
@@ -33,7 +35,22 @@ def measure(run: Run) -> list[Row]:
     measured = []
     for shape in (*TRAINING, *LARGE_ON_CPU):
         measured += _timed(run, shape)
-    return measured + _trained(run)
+    trained = _trained(run)
+    report.write_table(run.folder / "renorm_table.md", "renorm", table(trained), NOTE)
+    return measured + trained
+
+
+def table(trained: Sequence[Row]) -> list[list[str]]:
+    """Return the lines of the README's table: a column a layer."""
+    found: dict[str, list[str]] = {}
+    for row in trained:
+        batch = row.what.rpartition(" ")[2]
+        by_class = ", by class" if "by class" in row.what else ""
+        figure = f"{row.median:.1f} ({row.low:.1f} to {row.high:.1f})"
+        found.setdefault(batch + by_class, []).append(figure)
+    names = ("BatchNorm", "RenormBatchNorm", "MovingAverageBatchNorm")
+    header = ["normalized over", *(f"`{name}`" for name in names)]
+    return [header, *([batch, *figures] for batch, figures in found.items())]
 
 
 def _timed(run: Run, shape: Shape) -> list[Row]:
