@@ -17,28 +17,17 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from benchmarks import command, report
-from benchmarks.fine_tuning import (
-    FROM_SCRATCH,
-    PRETRAINED,
-    SYNTHETIC,
-    VARIANTS,
-    Cell,
-    Training,
-    plan,
-    quick_plan,
-    train,
-)
+from benchmarks.fine_tuning import VARIANTS, Cell, Training, plan, quick_plan, together, train
 from benchmarks.photographs import missing, say
 from benchmarks.pretrained_figure import figure_of
 from benchmarks.rows import Row, Run
 from benchmarks.timing import keep_freed_memory
-
-Task: TypeAlias = tuple[Cell, int]
+from benchmarks.tuned_networks import FROM_SCRATCH, PRETRAINED, SYNTHETIC
 
 KINDS = {"running": "running averages", "pooled": "pooled", "layerwise": "layerwise"}
 TABLES = {"pretrained": (PRETRAINED, 60), "from_scratch": (FROM_SCRATCH, 400)}
@@ -69,8 +58,8 @@ def measure(run: Run) -> list[Row]:
     if lacking is not None:
         say(run.quick, lacking)
         todo = todo if run.quick else []
-    for training in _train_all(todo, run):
-        done.append(training)
+    for trainings in _train_all(together(todo), run):
+        done += trainings
         _save(path, done)
     cells = _by_cell(done)
     for name, (network, steps) in TABLES.items():
@@ -88,7 +77,7 @@ def measure(run: Run) -> list[Row]:
     return [row for cell, trainings in cells.items() for row in _rows(cell, trainings)]
 
 
-def _train_all(tasks: Sequence[Task], run: Run) -> Iterable[Training]:
+def _train_all(tasks: Sequence[tuple[list[Cell], int]], run: Run) -> Iterable[list[Training]]:
     """Train, each training on a core of its own; begin none once the minutes are over."""
     if run.quick or not tasks:
         yield from (train(*task, run.photos) for task in tasks)
@@ -101,7 +90,7 @@ def _train_all(tasks: Sequence[Task], run: Run) -> Iterable[Training]:
         ProcessPoolExecutor(cores, get_context("spawn"), keep_freed_memory) as pool,
         tqdm(total=len(tasks), desc="trainings", smoothing=0) as bar,
     ):
-        running: set[Future[Training]] = set()
+        running: set[Future[list[Training]]] = set()
         while True:
             while waiting and len(running) < cores and (end is None or time.monotonic() < end):
                 running.add(pool.submit(train, *waiting.pop(), run.photos))

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import bnstats
-from benchmarks.peers import import_torchvision
 from benchmarks.photographs import synthetic_photos
-from bnstats.cli.photos import Photos, accuracy, efficientnet_lite0, fine_tune
+from benchmarks.tuned_networks import FROM_SCRATCH, NETWORKS, PRETRAINED, SYNTHETIC
+from bnstats.cli.photos import Photos, accuracy, fine_tune
 
-PRETRAINED, FROM_SCRATCH = "EfficientNet-Lite0", "ResNet-18 of half width"
-SYNTHETIC = "a small network"
 RECALIBRATION_BATCH = 32
 
 
@@ -51,24 +49,13 @@ class Training:
     curve: tuple[tuple[int, float, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network, and how it is trained."""
+Method: TypeAlias = Literal["pooled", "layerwise"]
 
-    make: Callable[[int], nn.Module]
-    size: int
-    gradient_batch: int
-    learning_rate: float
-
+Task: TypeAlias = tuple[Cell, int]
+"""A cell and a seed."""
 
 Prepare: TypeAlias = Callable[[nn.Module, Cell, int], None]
 """Changes a model before it is trained in a cell, with gradients of so many pictures."""
-
-
-def _momentum(value: float, model: nn.Module, *_: object) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = value
 
 
 def _ema(model: nn.Module, *_: object) -> None:
@@ -112,65 +99,20 @@ CENTERED = "MovingAverageBatchNorm, weights centered"
 
 VARIANTS: dict[str, Prepare] = {
     PLAIN: _as_it_is,
-    PLAIN_DEFAULT: partial(_momentum, 0.1),
+    PLAIN_DEFAULT: _as_it_is,
     FROZEN: _frozen,
     EMA: _ema,
     RENORM: _renorm,
     MABN: partial(_moving_average, False),
     CENTERED: partial(_moving_average, True),
 }
-"""What a network's layers are made for a training. The momentum of 0.01 is the checkpoint's own."""
+"""What a network's layers are made for a training."""
+
+MOMENTA = {PLAIN: 0.01, PLAIN_DEFAULT: 0.1}
+"""Batch norm trains alike with any momentum: one training serves both. 0.01 is the checkpoint's."""
 
 
-def half_resnet18(num_classes: int) -> nn.Sequential:
-    """Return a ResNet-18 with half as many channels, its weights drawn anew."""
-    block = import_torchvision().models.resnet.BasicBlock
-    layers: list[nn.Module] = [
-        *(nn.Conv2d(3, 32, 7, 2, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-        nn.MaxPool2d(3, 2, 1),
-    ]
-    inputs = 32
-    for outputs, stride in ((32, 1), (64, 2), (128, 2), (256, 2)):
-        shortcut = None
-        if stride > 1:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            shortcut = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-        layers += [block(inputs, outputs, stride, shortcut), block(outputs, outputs)]
-        inputs = outputs
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, num_classes)
-    )
-
-
-def _small_network(num_classes: int) -> nn.Sequential:
-    return nn.Sequential(
-        *(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8, momentum=0.01), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)),
-    )
-
-
-def self_padding_efficientnet(num_classes: int) -> nn.Module:
-    """Return EfficientNet-Lite0; where convolutions can pad by themselves, no layer copies first.
-
-    It pads as TensorFlow does; with a stride of 1 that is the same on all sides.
-    """
-    model = efficientnet_lite0(num_classes)
-    for module in model.modules():
-        padding = getattr(module, "static_padding", None)
-        if isinstance(padding, nn.ZeroPad2d) and len(set(padding.padding)) == 1:
-            module.padding = padding.padding[:2]
-            module.static_padding = nn.Identity()
-    return model
-
-
-NETWORKS = {
-    PRETRAINED: Network(self_padding_efficientnet, 96, 16, 0.02),
-    FROM_SCRATCH: Network(half_resnet18, 64, 32, 0.05),
-    SYNTHETIC: Network(_small_network, 16, 16, 0.02),
-}
-
-
-def plan() -> list[tuple[Cell, int]]:
+def plan() -> list[Task]:
     """Return cells and seeds, the most telling first, and all such cells of one seed together.
 
     Frozen statistics normalize any batch alike: one batch stands for all.
@@ -198,7 +140,19 @@ def _fine_tunings(batches: tuple[int, ...], steps: int) -> list[Cell]:
     ]
 
 
-def quick_plan(network: str) -> list[tuple[Cell, int]]:
+def together(tasks: Iterable[Task]) -> list[tuple[list[Cell], int]]:
+    """Return the cells of each training, and its seed: those that differ by the momentum share one.
+
+    They are trained where the first of them stands.
+    """
+    trainings: dict[Task, list[Cell]] = {}
+    for cell, seed in tasks:
+        shared = replace(cell, variant=PLAIN) if cell.variant in MOMENTA else cell
+        trainings.setdefault((shared, seed), []).append(cell)
+    return [(cells, seed) for (_, seed), cells in trainings.items()]
+
+
+def quick_plan(network: str) -> list[Task]:
     """Return a few steps of every variant."""
     return [(Cell(network, variant, 2, 2), 0) for variant in VARIANTS]
 
@@ -208,20 +162,55 @@ def _photos(folder: Path | None, size: int) -> Photos:
     return Photos.load(folder, size)
 
 
-def train(cell: Cell, seed: int, folder: Path | None) -> Training:
-    """Train a cell on one thread; look at it before and after recalibration."""
+class _RunningAverages:
+    """What the running averages with each of several momenta are in one training."""
+
+    def __init__(self, model: nn.Module, momenta: Iterable[float]) -> None:
+        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._buffers = [x for layer in layers for x in (layer.running_mean, layer.running_var)]
+        self._averages = {momentum: [x.clone() for x in self._buffers] for momentum in momenta}
+        for layer in layers:
+            layer.momentum = 1.0  # the buffers are then the statistics of the last batch
+        model.register_forward_hook(self._add)
+
+    def _add(self, model: nn.Module, *_: object) -> None:
+        if model.training:
+            for momentum, averages in self._averages.items():
+                torch._foreach_lerp_(averages, self._buffers, momentum)
+
+    def use(self, momentum: float) -> None:
+        """Write the averages to the buffers, until the next training forward."""
+        torch._foreach_copy_(self._buffers, self._averages[momentum])
+
+
+def train(cells: Sequence[Cell], seed: int, folder: Path | None) -> list[Training]:
+    """Train cells on one thread, together; look at them before and after recalibration."""
     torch.set_num_threads(1)
+    cell = cells[0]
     network = NETWORKS[cell.network]
     synthetic = cell.network == SYNTHETIC
     photos = synthetic_photos(network.size) if synthetic else _photos(folder, network.size)
     torch.manual_seed(seed)
     model = network.make(len(photos.classes))
     VARIANTS[cell.variant](model, cell, network.gradient_batch)
-    curve: list[tuple[int, float, float]] = []
+    momenta = [MOMENTA[cell.variant] for cell in cells if cell.variant in MOMENTA]
+    averages = _RunningAverages(model, momenta) if momenta else None
+    curves: list[list[tuple[int, float, float]]] = [[] for _ in cells]
+
+    def accuracies(*methods: Method) -> list[list[float]]:
+        """Return, for each cell, that with running averages and recalibrated by each method."""
+        running = []
+        for index in range(len(cells)):
+            if averages is not None:
+                averages.use(momenta[index])
+            running.append(accuracy(model, photos.test))
+        recalibrated = _recalibrated(model, photos, methods)
+        return [[round(share, 4) for share in (first, *recalibrated)] for first in running]
 
     def look(steps: int) -> None:
         if seed == 0:
-            curve.append((steps, *_accuracies(model, photos, ["pooled"])))
+            for curve, (running, pooled) in zip(curves, accuracies("pooled"), strict=True):
+                curve.append((steps, running, pooled))
             if cell.variant == FROZEN:
                 _frozen(model)
 
@@ -235,17 +224,21 @@ def train(cell: Cell, seed: int, folder: Path | None) -> Training:
         learning_rate=network.learning_rate,
         after_epoch=look,
     )
-    accuracies = _accuracies(model, photos, ["pooled", "layerwise"])
-    return Training(cell, seed, *accuracies, len(photos.test), tuple(curve))
+    return [
+        Training(cell, seed, *shares, len(photos.test), tuple(curve))
+        for cell, shares, curve in zip(
+            cells, accuracies("pooled", "layerwise"), curves, strict=True
+        )
+    ]
 
 
-def _accuracies(model: nn.Module, photos: Photos, methods: list[str]) -> list[float]:
-    """Return the accuracy with running averages, and recalibrated by each of the methods."""
-    accuracies = [accuracy(model, photos.test)]  # leaves every layer in evaluation mode
+def _recalibrated(model: nn.Module, photos: Photos, methods: Iterable[Method]) -> list[float]:
+    """Return the accuracy recalibrated by each of the methods."""
     bnstats.thaw_statistics(model)  # a frozen layer is left alone
     batches = photos.train.tensors[0].split(RECALIBRATION_BATCH)
+    shares = []
     for method in methods:
         result = bnstats.recompute_population_stats(model, batches, method=method)
-        accuracies.append(accuracy(model, photos.test))
+        shares.append(accuracy(model, photos.test))
         result.undo()
-    return [round(share, 4) for share in accuracies]
+    return shares
