@@ -80,6 +80,21 @@ def test_so_are_forwards_that_replace_parameters_of_other_layers(names, affine):
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
 
 
+def test_forwards_side_by_side_that_replace_buffers_leave_the_models_own():
+    # Each put back what it had found, which was another one's.
+    model = trained()
+    before = snapshot(model)
+
+    def forward(model, batch):
+        found = model[1].num_batches_tracked
+        model[1].num_batches_tracked = found.clone()
+        model(batch)
+        model[1].num_batches_tracked = found
+
+    bnstats.measure_population_stats(model, uneven(), method="layerwise", forward=forward)
+    assert_untouched(model, before)
+
+
 class InputGradients(nn.Module):
     """Two calls of a network, and the gradient of both: an energy model, a penalty on gradients."""
 

@@ -27,7 +27,7 @@ from bnstats.recomputation.collector import FIRST_CHECK, within_tolerance
 from bnstats.recomputation.estimators import Estimate, Pooled, pooled_state
 from bnstats.recomputation.forward_threads import ForwardThread, ForwardThreads
 from bnstats.recomputation.observer import LayerMoments, ObservedLayer, observed
-from bnstats.recomputation.own_parameters import OwnParameters
+from bnstats.recomputation.own_tensors import OwnTensors
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.results import check_enough_values, population_stats
 from bnstats.recomputation.task import Task
@@ -99,7 +99,7 @@ class _LayerwisePass:
         cores = torch.get_num_threads() if task.like.device.type == "cpu" else 1
         self._max_running = cores + 1 if cores > 1 else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
-        self._parameters = OwnParameters(task.model)
+        self._tensors = OwnTensors(task.model)
         self._completed: dict[ObservedLayer, Tensor] = {}  # what estimators give as their state
         self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
         self._passed: set[tuple[ObservedLayer, int]] = set()
@@ -117,7 +117,7 @@ class _LayerwisePass:
         bar = tqdm(
             total=len(task.layers), desc="layers complete", disable=not task.options.progress
         )
-        with observed(task.model, task.layers, self._on_input), self._parameters, bar:
+        with observed(task.model, task.layers, self._on_input), self._tensors, bar:
             try:
                 counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:
@@ -190,7 +190,7 @@ class _LayerwisePass:
             )
             self._threads.fail(error)
         self._passed.add((layer, thread.index))
-        self._parameters.check(layer)
+        self._tensors.check(layer)
         # A batch that comes after the layer was completed is normalized, and no longer counts.
         if layer not in self._completed:
             self._count_bytes(layer, input.nbytes)

@@ -1,6 +1,9 @@
-"""A model's own parameters, where forwards run side by side."""
+"""A model's own parameters and buffers, where forwards run side by side."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,8 +12,8 @@ from bnstats.errors import InvalidValueError
 from bnstats.recomputation.observer import ObservedLayer
 
 
-class OwnParameters:
-    """A context that keeps the parameters of a model whose forward may replace them meanwhile.
+class OwnTensors:
+    """A context that keeps the tensors of a model whose forward may replace them meanwhile.
 
     ``torch.func.functional_call`` does: it puts others in their place, and puts back what it
     found. Of two such forwards side by side, one computes with the other's, and the one that ends
@@ -18,19 +21,20 @@ class OwnParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = [
-            (module._parameters, key, parameter)
+        modules = [
+            module
             for module in model.modules()
-            if not isinstance(module, torch.jit.ScriptModule)  # whose parameters nobody replaces
-            for key, parameter in module._parameters.items()
+            if not isinstance(module, torch.jit.ScriptModule)  # whose tensors nobody replaces
         ]
+        self._parameters = _entries(module._parameters for module in modules)
+        self._buffers = _entries(module._buffers for module in modules)
 
     def check(self, layer: ObservedLayer) -> None:
         """Refuse a forward that has replaced a parameter by the time that it reaches a layer.
 
         Not one that has loaded what was offloaded to the meta device.
         """
-        for now, key, own in self._own:
+        for now, key, own in self._parameters:
             if now.get(key) is not own and not (own is None or own.is_meta):
                 raise InvalidValueError(
                     f"layer '{layer.name}': the forward replaces the model's parameters while it "
@@ -39,9 +43,13 @@ class OwnParameters:
                 )
 
     def __enter__(self) -> None:
-        """Begin: the parameters are the model's own."""
+        """Begin: the tensors are the model's own."""
 
     def __exit__(self, *_: object) -> None:
-        """Put back every parameter that is not."""
-        for now, key, own in self._own:
+        """Put back every tensor that is not."""
+        for now, key, own in (*self._parameters, *self._buffers):
             now[key] = own
+
+
+def _entries(found: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Any]]:
+    return [(tensors, key, tensor) for tensors in found for key, tensor in tensors.items()]
