@@ -58,7 +58,7 @@ def describe_mapping(mapping: Mapping[str, Any]) -> str:
 
 
 def remainder(total: int, whole: str = "") -> list[str]:
-    """Return the line that ends a shortened list of so many layers, if it was shortened."""
+    """Return the line that ends a shortened list of this many layers, if it was shortened."""
     if total <= MAX_ROWS:
         return []
     return [f"... {total - MAX_ROWS} more layers{whole}"]

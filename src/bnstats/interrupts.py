@@ -92,7 +92,7 @@ class Interrupts:
             self._handlers[number](number, frame)
 
     def _restore(self) -> None:
-        """Put every handler back, also if one that is back already raises meanwhile."""
+        """Put every handler back, even if one of them raises."""
         raised: BaseException | None = None
         for number, handler in self._handlers.items():
             restored = False

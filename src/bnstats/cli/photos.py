@@ -34,7 +34,7 @@ _KINDS = ("animals", "food", "household", "plants", "seasonal", "town", "vehicle
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _HELD_OUT = 5
-"""One picture of so many of each class is held out."""
+"""Of this many pictures of a class, one is held out."""
 
 GRADIENT_BATCH = 16
 LEARNING_RATE = 0.02

@@ -70,7 +70,7 @@ def _stderr(stats: LayerStats) -> float:
 
 
 def _of_samples(stats: LayerStats, num_parts: int) -> float:
-    """Return the standard error of one of so many equal parts, by the spread between samples."""
+    """Return the standard error of one of several equal parts, by the spread between samples."""
     square = with_eps(stats.var, stats.eps)
     share = num_parts * stats.sample_spread[:, 0, 0] / stats.count**2
     of_mean, of_var = stats.sample_covariance.diagonal(dim1=1, dim2=2).unbind(1)

@@ -86,7 +86,7 @@ def plot_drift(
         result: of :func:`bnstats.recompute_population_stats`, for what it has changed; of
             ``stats.drift_from(model)``; or the statistics themselves, together with
         model: the model whose running statistics are compared with them.
-        worst: at most so many layers, by their mean KL divergence.
+        worst: the most layers to draw, by their mean KL divergence.
 
     Returns:
         A matplotlib figure. As the last expression of a notebook's cell it is displayed.

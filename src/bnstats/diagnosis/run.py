@@ -70,7 +70,7 @@ def diagnose(
             the fault is not the batch norm's. Only the user knows what is normal for a model.
         forward: ``forward(model, batch)`` where batches do not go in by themselves.
         device: where batches go; by default where the model's first parameter is.
-        max_batches: read at most so many of each loader.
+        max_batches: the most batches to read of each loader.
 
     Returns:
         One verdict, its evidence, and the line that fixes it; ``print`` shows all.

@@ -101,7 +101,7 @@ def estimate_running_error(
 
 
 def error_of_average(layer: LayerStats, effective_batches: float) -> RunningError:
-    """Return the standard error of an average that is worth so many batches."""
+    """Return the standard error of an average that is worth this many batches."""
     # The error of an average of B batches is that of one over the root of B.
     scale = (layer.num_batches / effective_batches) ** 0.5
     mean_stderr, var_stderr = layer.mean_stderr * scale, layer.var_stderr * scale

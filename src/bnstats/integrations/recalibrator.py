@@ -117,7 +117,7 @@ class Recalibrator:
         return sorted(callbacks, key=lambda x: 2 if x in later else int(x is self))
 
     def _remember_modes(self, model: nn.Module) -> None:
-        """Note which modules train: one in evaluation mode meanwhile is frozen."""
+        """Note which modules train: one in evaluation mode in a training is frozen."""
         self._modes = [(module, module.training) for module in model.modules()]
 
     @contextmanager
@@ -133,7 +133,7 @@ class Recalibrator:
                 module.training = mode
 
     def _is_due(self, epochs: int, *, ends: bool) -> bool:
-        """Whether to recalibrate after so many epochs; always where the training ends."""
+        """Whether to recalibrate after this many epochs; always where the training ends."""
         return ends or (self.every_n_epochs is not None and epochs % self.every_n_epochs == 0)
 
     def _recalibrate(

@@ -67,7 +67,7 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
     Attributes:
         num_values_tracked: the N above, int64.
         exact_mean: running_mean before rounding, float64 where the device has it.
-        exact_var: running_var before rounding, likewise.
+        exact_var: running_var before rounding, of the same dtype.
 
     Note:
         A plain checkpoint loads with ``strict=True`` and N = 0: the statistics loaded serve

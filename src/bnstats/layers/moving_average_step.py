@@ -43,7 +43,7 @@ class Options(NamedTuple):
         return self.momentum != 0 and not self.held
 
     def size(self, num_batches: Number) -> Number:
-        """Return 1 over the weight of the batch after so many others in running_var."""
+        """Return 1 over the weight of the batch after this many others in running_var."""
         return num_batches + 1 if self.momentum is None else 1 / max(self.momentum, 1e-30)
 
     def renorm_after(self) -> int:
@@ -129,6 +129,7 @@ def _take_step(
     history = mean_squares, scales, gradient_steps, num_steps, held_scales, held_steps
     state = State(running_var, num_batches, *history)
     options = Options(eps, momentum, warmup, renorm_warmup, max_ratio, held)
+    chi = chi.detach()  # of which make_fx of torch 2.14 records nothing
     if on_host(chi) and not (in_backward_pass() and momentum != 0):
         return _take_step_on_host(state, chi.numpy(), options)
     return _take_step_on_device(state, chi, options)

@@ -59,7 +59,7 @@ class RenormBatchNorm(EMABatchNorm):
         max_ratio: the limit of r in the end, at least 1.
         max_shift: the limit of d in the end, at least 0.
         debias: take the initial state out of the averages, as in :class:`EMABatchNorm`.
-        pooled: count the variance between batches, likewise.
+        pooled: count the variance between batches, as there.
 
     Raises:
         InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], a
@@ -164,7 +164,7 @@ class RenormBatchNorm(EMABatchNorm):
         return torch.stack((r, d))
 
     def _limits(self, num_batches: Number) -> tuple[Any, Any]:
-        """Return rmax and dmax of the forward after so many."""
+        """Return rmax and dmax of the forward after this many batches."""
         part = (num_batches + 1 - self.warmup) / max(self.ramp, 1e-30)
         part = part.clamp(0, 1) if isinstance(part, Tensor) else min(max(part, 0), 1)
         return 1 + part * (self.max_ratio - 1), part * self.max_shift

@@ -19,7 +19,7 @@ def call_in_graph(layer: nn.Module, input: Any, *args: Any, **kwargs: Any) -> An
         layer: whose forward was called.
         input: what it was given, a ``torch.fx.Proxy``.
         args: what else it was given.
-        kwargs: likewise, by name.
+        kwargs: what else it was given, by name.
 
     Returns:
         The output, or None where the layer itself is what is traced, and not a part of it.

@@ -34,7 +34,7 @@ class TrackingBatchNorm(WideBuffersBatchNorm):
 
     @abstractmethod
     def _weigh(self, counts: Sequence[Number], batch_values: Number) -> Weights:
-        """Return the weights of a batch of so many values, for these counts before it."""
+        """Return the weights of a batch of this many values, for these counts before it."""
 
     def _increments(self, batch_values: Count) -> tuple[Count, ...]:  # noqa: ARG002
         """Return by how much a batch moves each of the counters."""

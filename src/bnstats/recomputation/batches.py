@@ -24,7 +24,7 @@ class Reader:
 
     Args:
         loader: an iterable of batches.
-        max_batches: stop after so many.
+        max_batches: stop after this many batches.
         progress: show a progress bar.
         device: where batches go.
         call: calls what is the loader's.
@@ -63,7 +63,7 @@ class Reader:
             return None
 
     def read(self, until: float = math.inf) -> Iterator[Any]:
-        """Yield batches until so many have been read in all, or there are no more."""
+        """Yield batches until this many have been read in all, or there are no more."""
         while self.num_read < until:
             batch = self._call(next, self._batches, _NO_MORE)
             if batch is _NO_MORE:

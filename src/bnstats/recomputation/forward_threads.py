@@ -77,7 +77,7 @@ class ForwardThreads:
         return thread if isinstance(thread, ForwardThread) else None
 
     def share_cores(self, num_threads: int) -> None:
-        """Divide torch's intra-op threads among so many, if these are fewer than may run.
+        """Divide torch's intra-op threads among this many, if they are fewer than may run.
 
         The thread that calls keeps one: a team of more, once it has computed, spins on cores
         that the forwards need. Where one forward runs at a time, it keeps all.
@@ -212,7 +212,7 @@ class _ThreadSettings:
 
     @contextmanager
     def entered(self, num_sharing: int) -> Iterator[None]:
-        """Apply the settings to this thread, one of so many, and switch gradients off."""
+        """Apply the settings to this thread, one of several, and switch gradients off."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
             if self._default_device.type != "cpu":

@@ -55,7 +55,7 @@ def observe(
     each layer's input; ``benchmarks/results/cpu/observe.md`` has it for a ResNet-50.
 
     Args:
-        model: any Module; wrappers are seen through. Compiled parts run eagerly meanwhile, for
+        model: any Module; wrappers are seen through. Until then compiled parts run eagerly, for
             compiled code does not notice new hooks.
         include: ``include(name, module) -> bool`` chooses layers; by default all BatchNorm layers
             with running statistics. Frozen ones are observed too.

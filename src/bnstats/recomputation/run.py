@@ -68,7 +68,7 @@ def recompute_population_stats(
 
     A pass over the data with the weights fixed. It is a transaction: if anything fails, the
     model is bit for bit as it was; the running statistics are written at the end, in place.
-    Only the chosen BatchNorm layers use batch statistics meanwhile; everything else is in
+    During the pass only the chosen BatchNorm layers use batch statistics; all others are in
     evaluation mode (no dropout), without gradients. Counters and momentum stay as they are.
     A layer that is frozen, by :func:`bnstats.freeze_statistics` or as it is in evaluation mode
     while the model trains, is left alone, and the result names it in ``frozen``.
@@ -108,7 +108,7 @@ def recompute_population_stats(
         forward: ``forward(model, batch)`` for everything else, for example under autocast; with
             ``torch.func.functional_call`` it may bring parameters, and no buffers.
         device: where batches go; by default where the model's first parameter is.
-        max_batches: stop after so many.
+        max_batches: stop after this many batches.
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
             deviations) and that of the variance (relative) are at most this, both with eps in

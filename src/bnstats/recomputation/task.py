@@ -124,7 +124,7 @@ class Task:
         )
 
     def read(self, reader: Reader, until: float) -> Iterator[Any]:
-        """Yield batches until so many have been read in all, or there are no more.
+        """Yield batches until this many have been read in all, or there are no more.
 
         Raises:
             InvalidValueError: the forwards wait for those of the other processes, and some
