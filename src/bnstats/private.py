@@ -78,9 +78,16 @@ def intercepted() -> bool:
     computes from a tensor's values escapes them. None can be asked for by a public name.
     """
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or (torch._C._len_torch_dispatch_stack() > 0 and _has_torchs_own_mode())
+        torch._C._are_functorch_transforms_active() or torch._C._is_tracing() or recorded()
+    )
+
+
+def recorded() -> bool:
+    """Whether make_fx, fake tensors or functionalization are among the dispatch modes."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() > 0
+        and _has_torchs_own_mode()
     )
 
 
@@ -142,6 +149,16 @@ def differentiated(operator: Callable[..., Any], rules: type[Function]) -> Calla
     def kernel(*arguments: Any) -> Any:
         with enable_single_level_autograd_function():
             return OneLevel.apply(*arguments)  # type: ignore[attr-defined]
+
+    return kernel
+
+
+def constant(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel for the dispatcher by which an operator's results have no gradient."""
+
+    def kernel(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
     return kernel
 

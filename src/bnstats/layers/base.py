@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from bnstats.arguments import describe_channels_last, warn_of_momentum
 from bnstats.errors import InvalidValueError
-from bnstats.layers import batch_norm_cpu
+from bnstats.layers import batch_norm_cpu, operators
 from bnstats.layers.arguments import check_dtype, check_eps, check_integer, check_momentum
 from bnstats.layers.batch import Batch, batch_variance
 from bnstats.layers.functionalized import forward_below
@@ -261,7 +261,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         plain = type(input) is Tensor and not is_traced() and only_reverse_mode()
         if batch.replicas is None and not plain:
             centered, inverse, count, mean, var = by_definition(input, self.eps, batch.mask)
-            mean, var = mean.detach(), var.detach()
+            mean, var = operators.detached(mean), operators.detached(var)
             weight, bias = self._weights_of(mean, var)
             output = scale_and_shift(centered, inverse, weight, bias).to(input.dtype)
         elif batch.is_whole():

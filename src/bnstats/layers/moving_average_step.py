@@ -129,9 +129,8 @@ def _take_step(
     history = mean_squares, scales, gradient_steps, num_steps, held_scales, held_steps
     state = State(running_var, num_batches, *history)
     options = Options(eps, momentum, warmup, renorm_warmup, max_ratio, held)
-    chi = chi.detach()  # which torch 2.14's make_fx records as an alias
     if on_host(chi) and not (in_backward_pass() and momentum != 0):
-        return _take_step_on_host(state, chi.numpy(), options)
+        return _take_step_on_host(state, chi.detach().numpy(), options)
     return _take_step_on_device(state, chi, options)
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from bnstats.private import (
+    constant,
     differentiated,
     functionalized,
     in_backward_pass,
     intercepted,
     outside_modes,
+    recorded,
 )
 
 _NUMBERS = itertools.count()
@@ -51,7 +53,7 @@ def register(
         shapes: returns empty tensors like those that the function returns.
         mutates: names of the arguments that the function writes to.
         replayed: a CUDA graph may hold it, for it is a matter of its tensors alone.
-        backward: whose setup_context and backward are the operator's.
+        backward: whose setup_context and backward are the operator's; None for no gradient.
     """
     if not hasattr(torch.ops.bnstats, name):  # else the package is imported once more
         full_name = f"bnstats::{name}"
@@ -61,9 +63,9 @@ def register(
         torch.library.impl(full_name, "default", function)
         torch.library.register_fake(full_name, shapes)
         torch.library.register_vmap(full_name, _one_by_one(name))
-        if backward is not None:
-            kernel = differentiated(getattr(torch.ops.bnstats, name), backward)
-            _LIBRARY.impl(name, kernel, "Autograd")
+        defined = getattr(torch.ops.bnstats, name)
+        kernel = constant(defined) if backward is None else differentiated(defined, backward)
+        _LIBRARY.impl(name, kernel, "Autograd")
     operator: Callable[..., Any] = getattr(torch.ops.bnstats, name)
     if mutates:
         _WRITING.add(operator)
@@ -140,3 +142,16 @@ def _counts(largest: Tensor) -> Tensor:
 
 
 counts = register("counts", _counts, lambda largest: torch.empty_like(largest, dtype=torch.bool))
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+_DETACH = register("detach", _copy, torch.empty_like)
+
+
+def detached(x: Tensor) -> Tensor:
+    """Return x without a gradient, also in a trace: make_fx of torch 2.14 keeps no detach."""
+    without: Tensor = _DETACH(x) if recorded() else x.detach()
+    return without

@@ -110,7 +110,7 @@ def _same(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:
 
 def _operator(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:
     # Copies: compiled code may reuse the memory, and an operator may not return an argument.
-    return _same(key.detach().clone(), value.detach().clone(), reference).clone()
+    return _same(key.clone(), value.clone(), reference).clone()
 
 
 def _shape(key: Tensor, value: Tensor, reference: Tensor) -> Tensor:  # noqa: ARG001
