@@ -84,10 +84,12 @@ def intercepted() -> bool:
 
 def recorded() -> bool:
     """Whether make_fx, fake tensors or functionalization are among the dispatch modes."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() > 0
-        and _has_torchs_own_mode()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    keys = torch._C._TorchDispatchModeKey
+    return any(
+        torch._C._get_dispatch_mode(key) is not None
+        for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)
     )
 
 
@@ -172,21 +174,12 @@ def unseen() -> AbstractContextManager[object]:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return _NOTHING
-    return _NOTHING if _has_torchs_own_mode() else _disable_current_modes()
+    return _NOTHING if recorded() else _disable_current_modes()
 
 
 def outside_modes() -> AbstractContextManager[object]:
     """Run operators on real values, outside of recording and fake modes: see :func:`unseen`."""
     return _disable_current_modes()
-
-
-def _has_torchs_own_mode() -> bool:
-    """Whether make_fx, fake tensors or functionalization are among the dispatch modes."""
-    keys = torch._C._TorchDispatchModeKey
-    return any(
-        torch._C._get_dispatch_mode(key) is not None
-        for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)
-    )
 
 
 _NOTHING = nullcontext()
