@@ -134,7 +134,7 @@ def _test_error(model: nn.Module, digits: Digits, order: torch.Generator) -> flo
 
 
 def _sequences(images: Tensor, lengths: Tensor, padded: int) -> tuple[Tensor, Tensor]:
-    """Return rows as time steps, (N, 8, padded), of which so many of each are valid."""
+    """Return rows as time steps, (N, 8, padded), of which this many of each are valid."""
     x = images.reshape(-1, 8, 8).transpose(1, 2)[..., :padded]
     x = F.pad(x, (0, padded - x.shape[2]))
     valid = torch.arange(padded) < lengths[:, None]

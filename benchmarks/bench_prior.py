@@ -92,7 +92,7 @@ Adapt = Callable[[nn.Module, bnstats.PopulationStats, Tensor], bool]
 
 @torch.no_grad()
 def fixed(count: float, model: nn.Module, source: bnstats.PopulationStats, images: Tensor) -> bool:
-    """Let the source count as so many images."""
+    """Let the source count as this many images."""
     weight = len(images) / (len(images) + count)
 
     def hook(stats: bnstats.LayerStats, layer: Any, inputs: tuple[Tensor]) -> None:

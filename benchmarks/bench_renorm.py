@@ -27,7 +27,13 @@ STEPS = 400
 BATCHES = (32, 8, 4, 2)
 OF_FEW_CLASSES = (8, 4)
 """Batches that are also made of few classes: a gradient's samples, sorted, in parts."""
-NOTE = "Test error in %, median and range of five seeds. "
+NOTE = "Test error in %, median and range of the seeds. "
+COLUMNS = {
+    "BatchNorm": "BatchNorm",
+    "RenormBatchNorm": "RenormBatchNorm",
+    "moving average": "MovingAverageBatchNorm",
+}
+"""The columns of the README's table, by what its rows begin with."""
 
 
 def measure(run: Run) -> list[Row]:
@@ -41,16 +47,15 @@ def measure(run: Run) -> list[Row]:
 
 
 def table(trained: Sequence[Row]) -> list[list[str]]:
-    """Return the lines of the README's table: a column a layer."""
-    found: dict[str, list[str]] = {}
+    """Return the lines of the README's table: a column a layer, a row a batch."""
+    found: dict[str, dict[str, str]] = {}
     for row in trained:
-        batch = row.what.rpartition(" ")[2]
-        by_class = ", by class" if "by class" in row.what else ""
+        layer, *_, batch = row.what.split(", ")
+        size = batch.removeprefix("batch ") + ", by class" * ("by class" in row.what)
         figure = f"{row.median:.1f} ({row.low:.1f} to {row.high:.1f})"
-        found.setdefault(batch + by_class, []).append(figure)
-    names = ("BatchNorm", "RenormBatchNorm", "MovingAverageBatchNorm")
-    header = ["normalized over", *(f"`{name}`" for name in names)]
-    return [header, *([batch, *figures] for batch, figures in found.items())]
+        found.setdefault(size, {})[layer] = figure
+    header = ["normalized over", *(f"`{name}`" for name in COLUMNS.values())]
+    return [header, *([size, *(of.get(x, "") for x in COLUMNS)] for size, of in found.items())]
 
 
 def _timed(run: Run, shape: Shape) -> list[Row]:

@@ -27,7 +27,7 @@ def main(*chosen: str) -> None:
     parser.add_argument("--quick", action="store_true", help="see whether they run; keep nothing")
     parser.add_argument("--output", type=Path, help="keep the results here instead")
     parser.add_argument("--photos", type=Path, help="a folder with a folder for each class")
-    parser.add_argument("--minutes", type=float, help="begin no new training after so many")
+    parser.add_argument("--minutes", type=float, help="begin no new training after this many")
     options = parser.parse_args()
     wanted = set(chosen or options.names or FOUND)
     names = [name for name in FOUND if name in wanted]

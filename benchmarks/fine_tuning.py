@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is done: accuracies on so many held-out pictures.
+    """A training that is done: accuracies on ``held_out`` pictures.
 
     ``curve`` has, after each epoch, the steps done and the accuracies with running averages and
     with population statistics; the first seed alone keeps one.
@@ -55,7 +55,7 @@ Task: TypeAlias = tuple[Cell, int]
 """A cell and a seed."""
 
 Prepare: TypeAlias = Callable[[nn.Module, Cell, int], None]
-"""Changes a model before it is trained in a cell, with gradients of so many pictures."""
+"""Changes a model before it is trained in a cell, with gradients of this many pictures."""
 
 
 def _ema(model: nn.Module, *_: object) -> None:
@@ -143,7 +143,7 @@ def _fine_tunings(batches: tuple[int, ...], steps: int) -> list[Cell]:
 def together(tasks: Iterable[Task]) -> list[tuple[list[Cell], int]]:
     """Return the cells of each training, and its seed: those that differ by the momentum share one.
 
-    They are trained where the first of them stands.
+    Each training has the place of its first cell.
     """
     trainings: dict[Task, list[Cell]] = {}
     for cell, seed in tasks:
@@ -163,7 +163,7 @@ def _photos(folder: Path | None, size: int) -> Photos:
 
 
 class _RunningAverages:
-    """What the running averages with each of several momenta are in one training."""
+    """Keeps running averages with several momenta during one training."""
 
     def __init__(self, model: nn.Module, momenta: Iterable[float]) -> None:
         layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -198,7 +198,7 @@ def train(cells: Sequence[Cell], seed: int, folder: Path | None) -> list[Trainin
     curves: list[list[tuple[int, float, float]]] = [[] for _ in cells]
 
     def accuracies(*methods: Method) -> list[list[float]]:
-        """Return, for each cell, that with running averages and recalibrated by each method."""
+        """Return each cell's accuracies: with running averages, then recalibrated."""
         running = []
         for index in range(len(cells)):
             if averages is not None:

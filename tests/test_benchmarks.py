@@ -1,6 +1,7 @@
 """The benchmarks run, keep what they measure, and measure all that is promised."""
 
 import ast
+import copy
 import importlib
 import json
 import subprocess
@@ -185,6 +186,35 @@ def test_the_table_of_trainings_has_medians_ranges_and_how_many_got_better(load)
     ]
     assert "84 held-out pictures" in benchmark._note(trainings)
     assert "standard error of 5.0." in benchmark._note(trainings)  # (0.7 * 0.3 / 84) ** 0.5
+
+
+def test_one_training_has_the_running_averages_of_each_momentum(load):
+    tuning, momenta = load("fine_tuning"), (0.01, 0.1)
+    shared = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    alone = {momentum: copy.deepcopy(shared) for momentum in momenta}
+    averages = tuning._RunningAverages(shared, momenta)
+    for x in torch.randn(4, 8, 3) * 3 + 1:
+        shared(x)
+        for momentum, model in alone.items():
+            model[0].momentum = model[2].momentum = momentum
+            model(x)
+    for momentum, model in alone.items():
+        averages.use(momentum)
+        torch.testing.assert_close(shared.state_dict(), model.state_dict())
+
+
+def test_the_table_of_digits_has_each_layers_errors_in_its_column(load):
+    rows, benchmark = load("rows"), load("bench_renorm")
+    what = [
+        "moving average, window 4, batch 8",
+        "BatchNorm, batch 8",
+        "BatchNorm, by class, batch 8",
+    ]
+    errors = [rows.Row("", "", name, i, i - 1, i + 1) for i, name in enumerate(what, 2)]
+    assert benchmark.table(errors)[1:] == [
+        ["8", "3.0 (2.0 to 4.0)", "", "2.0 (1.0 to 3.0)"],
+        ["8, by class", "4.0 (3.0 to 5.0)", "", ""],
+    ]
 
 
 def test_the_table_along_the_steps_has_a_column_for_each_length_and_gaps_where_none_is_done(load):

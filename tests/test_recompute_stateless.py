@@ -95,6 +95,59 @@ def test_forwards_side_by_side_that_replace_buffers_leave_the_models_own():
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("name", ["0.scale", "2.scale"])
+def test_so_are_forwards_that_replace_buffers_of_other_layers(name):
+    # Batches that waited at the layer went on with the latest one's.
+    model = nn.Sequential(Scale(), nn.BatchNorm1d(3), Scale(), nn.BatchNorm1d(3))
+    before = snapshot(model)
+    scales = iter(range(1, 9))
+
+    def forward(model, batch):
+        return functional_call(model, {name: torch.tensor(float(next(scales)) + 1)}, (batch,))
+
+    with pytest.raises(InvalidValueError, match=r"layer '1'.*buffers.*use method=\"sweeps\""):
+        bnstats.measure_population_stats(
+            model, torch.randn(64, 3).split(8), method="layerwise", forward=forward
+        )
+    assert_untouched(model, before)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class GrowingCache(nn.Module):
+    """Counts forwards, and has a buffer as long as the longest input so far, as encodings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positions", torch.zeros(0))
+        self.register_buffer("calls", torch.tensor(0))
+        self.longest = 0
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        if x.shape[-1] > self.longest:
+            self.longest = x.shape[-1]
+            self.positions = torch.arange(float(self.longest))
+        return x + self.positions[: x.shape[-1]]
+
+
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_buffer_that_the_model_replaces_for_good_stays_so(method):
+    model = nn.Sequential(GrowingCache(), nn.BatchNorm1d(3))
+    batches = [torch.randn(4, 3, length) for length in (5, 7, 9)]
+    bnstats.recompute_population_stats(model, batches, method=method)
+    assert len(model[0].positions) == 9
+    assert model[0].calls >= 3
+    model.eval()(batches[0])
+
+
 class InputGradients(nn.Module):
     """Two calls of a network, and the gradient of both: an energy model, a penalty on gradients."""
 

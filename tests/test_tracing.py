@@ -41,7 +41,7 @@ MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [1] * 5, [0] * 5]).bool()
 @each_family
 @pytest.mark.parametrize("given", [(), (MASK,)], ids=["all values", "masked"])
 def test_a_traced_forward_is_differentiated_as_the_layer_is(family, given):
-    # make_fx of torch 2.14 records detach as an alias: buffers were given gradients.
+    # make_fx of torch 2.14 keeps no detach: buffers were given gradients.
     short = {"window": 2, "warmup": 0, "renorm_warmup": 3}
     options = short if family.name == "moving_average" else {}
     layer = family.make(1, **options, dtype=torch.float64)

@@ -156,7 +156,11 @@ def differentiated(operator: Callable[..., Any], rules: type[Function]) -> Calla
 
 
 def constant(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel for the dispatcher by which an operator's results have no gradient."""
+    """Return a kernel for the dispatcher that runs an operator without recording gradients.
+
+    Without a kernel torch leaves autograd on inside the operator, and what it returns or writes
+    to would get a gradient. No public registration switches that off at every level of torch.func.
+    """
 
     def kernel(*arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

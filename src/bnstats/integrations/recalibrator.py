@@ -117,7 +117,7 @@ class Recalibrator:
         return sorted(callbacks, key=lambda x: 2 if x in later else int(x is self))
 
     def _remember_modes(self, model: nn.Module) -> None:
-        """Note which modules train: one in evaluation mode in a training is frozen."""
+        """Note which modules train: one in evaluation mode during training is frozen."""
         self._modes = [(module, module.training) for module in model.modules()]
 
     @contextmanager

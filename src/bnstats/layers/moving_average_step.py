@@ -130,6 +130,7 @@ def _take_step(
     state = State(running_var, num_batches, *history)
     options = Options(eps, momentum, warmup, renorm_warmup, max_ratio, held)
     if on_host(chi) and not (in_backward_pass() and momentum != 0):
+        # A trace of torch 2.14 keeps no detach, and numpy takes nothing that requires a gradient.
         return _take_step_on_host(state, chi.detach().numpy(), options)
     return _take_step_on_device(state, chi, options)
 

@@ -145,10 +145,10 @@ counts = register("counts", _counts, lambda largest: torch.empty_like(largest, d
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone()
+    return x.clone()  # an operator may not return its argument
 
 
-_DETACH = register("detach", _copy, torch.empty_like)
+_DETACH = register("detach", _copy, torch.empty_like, replayed=True)
 
 
 def detached(x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class _LayerwisePass:
         cores = torch.get_num_threads() if task.like.device.type == "cpu" else 1
         self._max_running = cores + 1 if cores > 1 else 1
         self._threads = ForwardThreads(self._max_running, task.devices, task.interrupts)
-        self._tensors = OwnTensors(task.model)
+        self._tensors = OwnTensors(task.model, task.layers)
         self._completed: dict[ObservedLayer, Tensor] = {}  # what estimators give as their state
         self._combined: dict[ObservedLayer, Estimate] = {}  # with the prior, if there is one
         self._passed: set[tuple[ObservedLayer, int]] = set()

@@ -55,8 +55,8 @@ def observe(
     each layer's input; ``benchmarks/results/cpu/observe.md`` has it for a ResNet-50.
 
     Args:
-        model: any Module; wrappers are seen through. Until then compiled parts run eagerly, for
-            compiled code does not notice new hooks.
+        model: any Module; wrappers are seen through. Inside the context compiled parts run
+            eagerly, because compiled code does not notice new hooks.
         include: ``include(name, module) -> bool`` chooses layers; by default all BatchNorm layers
             with running statistics. Frozen ones are observed too.
 

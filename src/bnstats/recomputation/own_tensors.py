@@ -2,54 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnstats.errors import InvalidValueError
 from bnstats.recomputation.observer import ObservedLayer
 
 
 class OwnTensors:
-    """A context that keeps the tensors of a model whose forward may replace them meanwhile.
+    """A context that keeps the tensors of a model whose forward may replace them.
 
     ``torch.func.functional_call`` does: it puts others in their place, and puts back what it
     found. Of two such forwards side by side, one computes with the other's, and the one that ends
-    last may put back the other's.
+    last may put back the other's. A model may also replace a buffer for good: a counter, a cache
+    that grows. Those it keeps, unless the measurement fails.
+
+    Args:
+        model: the model.
+        layers: whose running statistics are replaced by the measurement itself.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[ObservedLayer]) -> None:
         modules = [
             module
             for module in model.modules()
             if not isinstance(module, torch.jit.ScriptModule)  # whose tensors nobody replaces
         ]
-        self._parameters = _entries(module._parameters for module in modules)
-        self._buffers = _entries(module._buffers for module in modules)
+        measured = {id(layer.module._buffers) for layer in layers}
+        self._parameters = [entry for module in modules for entry in _entries(module._parameters)]
+        self._buffers = [
+            (buffers, key, own)
+            for module in modules
+            for buffers, key, own in _entries(module._buffers)
+            if own is not None
+            and not (id(buffers) in measured and key in ("running_mean", "running_var"))
+        ]
 
     def check(self, layer: ObservedLayer) -> None:
-        """Refuse a forward that has replaced a parameter by the time that it reaches a layer.
+        """Refuse a forward that has replaced a tensor by the time that it reaches a layer.
 
-        Not one that has loaded what was offloaded to the meta device.
+        Not one that has loaded what was offloaded to the meta device. Of buffers, those that other
+        numbers of the same shape have replaced: batches that wait would go on with the latest.
         """
         for now, key, own in self._parameters:
             if now.get(key) is not own and not (own is None or own.is_meta):
-                raise InvalidValueError(
-                    f"layer '{layer.name}': the forward replaces the model's parameters while it "
-                    "runs (as torch.func.functional_call does), and forwards run side by side with "
-                    'method="layerwise"; use method="sweeps", which runs one at a time'
-                )
+                raise _error(layer, "parameters")
+        for now, key, own in self._buffers:
+            other = now.get(key)
+            if other is not own and own.is_floating_point() and _is_another(other, own):
+                raise _error(layer, "buffers")
 
     def __enter__(self) -> None:
         """Begin: the tensors are the model's own."""
 
-    def __exit__(self, *_: object) -> None:
-        """Put back every tensor that is not."""
-        for now, key, own in (*self._parameters, *self._buffers):
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Put back every parameter that was replaced, and buffers that the model did not change."""
+        for now, key, own in self._parameters:
             now[key] = own
+        for now, key, own in self._buffers:
+            other = now.get(key)
+            if _fits(other, own) and (error is not None or not _is_another(other, own)):
+                now[key] = own
 
 
-def _entries(found: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], str, Any]]:
-    return [(tensors, key, tensor) for tensors in found for key, tensor in tensors.items()]
+def _entries(tensors: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    return ((tensors, key, tensor) for key, tensor in tensors.items())
+
+
+def _fits(other: Tensor | None, own: Tensor) -> bool:
+    """Whether it may stand in the place of a buffer whose shape its module relies on."""
+    return other is not None and (other.shape, other.dtype, other.device) == (
+        *(own.shape, own.dtype, own.device),
+    )
+
+
+def _is_another(other: Tensor | None, own: Tensor) -> bool:
+    """Whether it fits, and has other values."""
+    return other is not None and _fits(other, own) and not torch.equal(other, own)
+
+
+def _error(layer: ObservedLayer, what: str) -> InvalidValueError:
+    return InvalidValueError(
+        f"layer '{layer.name}': the forward replaces the model's {what} while it runs (as "
+        "torch.func.functional_call does), and forwards run side by side with "
+        'method="layerwise"; use method="sweeps", which runs one at a time'
+    )
