@@ -148,6 +148,14 @@ def test_a_buffer_that_the_model_replaces_for_good_stays_so(method):
     model.eval()(batches[0])
 
 
+def test_buffers_that_nothing_replaces_are_not_read():
+    # What is on the meta device has no values to compare.
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model[0].register_buffer("unused", torch.zeros(2, device="meta"))
+    stats = bnstats.measure_population_stats(model, [torch.randn(8, 3)], method="layerwise")
+    assert stats["1"].count == 8
+
+
 class InputGradients(nn.Module):
     """Two calls of a network, and the gradient of both: an energy model, a penalty on gradients."""
 

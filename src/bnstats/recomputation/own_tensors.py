@@ -50,9 +50,8 @@ class OwnTensors:
         for now, key, own in self._parameters:
             if now.get(key) is not own and not (own is None or own.is_meta):
                 raise _error(layer, "parameters")
-        for now, key, own in self._buffers:
-            other = now.get(key)
-            if other is not own and own.is_floating_point() and _is_another(other, own):
+        for _, _, own, other in self._replaced_buffers():
+            if own.is_floating_point() and not torch.equal(other, own):
                 raise _error(layer, "buffers")
 
     def __enter__(self) -> None:
@@ -62,26 +61,25 @@ class OwnTensors:
         """Put back every parameter that was replaced, and buffers that the model did not change."""
         for now, key, own in self._parameters:
             now[key] = own
+        for now, key, own, other in self._replaced_buffers():
+            if error is not None or torch.equal(other, own):
+                now[key] = own
+
+    def _replaced_buffers(self) -> Iterator[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """Yield where a buffer is, the model's own and what has replaced it, of the same kind.
+
+        A module may rely on another shape, and what is on the meta device has no values.
+        """
         for now, key, own in self._buffers:
             other = now.get(key)
-            if _fits(other, own) and (error is not None or not _is_another(other, own)):
-                now[key] = own
+            if other is own or other is None or own.is_meta:
+                continue
+            if other.shape == own.shape and other.dtype == own.dtype and other.device == own.device:
+                yield now, key, own, other
 
 
 def _entries(tensors: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
     return ((tensors, key, tensor) for key, tensor in tensors.items())
-
-
-def _fits(other: Tensor | None, own: Tensor) -> bool:
-    """Whether it may stand in the place of a buffer whose shape its module relies on."""
-    return other is not None and (other.shape, other.dtype, other.device) == (
-        *(own.shape, own.dtype, own.device),
-    )
-
-
-def _is_another(other: Tensor | None, own: Tensor) -> bool:
-    """Whether it fits, and has other values."""
-    return other is not None and _fits(other, own) and not torch.equal(other, own)
 
 
 def _error(layer: ObservedLayer, what: str) -> InvalidValueError:
