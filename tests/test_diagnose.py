@@ -1,5 +1,6 @@
 """Looking at statistics: the recorded four are those of the definition, and hooks go."""
 
+import contextlib
 import sys
 from collections import OrderedDict
 
@@ -86,6 +87,65 @@ def test_a_moving_average_layers_record_is_of_what_it_normalizes_with(renorm_war
         expected = [torch.zeros(3), var, weighted.mean(0), (y * weighted).mean(0)]
         for got, value in zip(row, expected, strict=True):
             torch.testing.assert_close(got, value.double(), rtol=1e-9, atol=1e-12)
+
+
+def renorm(**options):
+    options = {"warmup": 0, "ramp": 0, "max_ratio": 1.2, "max_shift": 0.3, **options}
+    return bnstats.RenormBatchNorm1d(3, momentum=0.3, dtype=torch.float64, **options)
+
+
+def moving_average(**options):
+    options = {"window": 2, "warmup": 2, "renorm_warmup": 3, **options}
+    return bnstats.MovingAverageBatchNorm1d(3, momentum=0.3, dtype=torch.float64, **options)
+
+
+def still(layer):
+    layer.momentum = 0.0
+    return contextlib.nullcontext()
+
+
+STILL = {"held": bnstats.hold_statistics, "momentum 0": still}
+
+
+@pytest.mark.parametrize("make", [renorm, moving_average])
+@pytest.mark.parametrize("calm", [lambda _: contextlib.nullcontext(), *STILL.values()])
+def test_the_record_is_of_what_normalized_also_where_nothing_moves(make, calm):
+    layer = make()
+    for x in torch.randn(5, 8, 3, dtype=torch.float64):
+        layer(x)
+    nn.init.normal_(layer.weight)
+    x, gradient = torch.randn(2, 4, 3, dtype=torch.float64)
+    with calm(layer), bnstats.record_batch_stats(nn.Sequential(layer)) as record:
+        output = layer(3 * x + 1)
+        output.backward(gradient)
+    y = ((output - layer.bias) / layer.weight).detach()
+    weighted = layer.weight.detach() * gradient
+    torch.testing.assert_close(record["0"].g[0], weighted.mean(0))
+    torch.testing.assert_close(record["0"].psi[0], (y * weighted).mean(0))
+    # y is linear in x: the mean is where it is 0.
+    slope, offset = (y[1] - y[0]) / (3 * x[1] - 3 * x[0]), y[0]
+    torch.testing.assert_close(record["0"].mean[0], 3 * x[0] + 1 - offset / slope)
+
+
+def test_during_its_warmup_renorm_is_recorded_as_batchnorm_also_after_a_reset():
+    layer = renorm(warmup=3)
+    for _ in range(8):
+        layer(torch.randn(8, 3, dtype=torch.float64))
+    layer.reset_running_stats()
+    x = torch.randn(8, 3, dtype=torch.float64)
+    with bnstats.record_batch_stats(nn.Sequential(layer)) as record:
+        layer(x).sum().backward()
+    torch.testing.assert_close(record["0"].mean[0], x.mean(0))
+    torch.testing.assert_close(record["0"].var[0], x.var(0, correction=0))
+
+
+def test_a_batch_that_is_not_finite_is_recorded_as_it_is():
+    layer = moving_average()
+    for x in torch.randn(5, 8, 3, dtype=torch.float64):
+        layer(x)
+    with bnstats.record_batch_stats(nn.Sequential(layer)) as record:
+        layer(torch.full((4, 3), torch.inf, dtype=torch.float64))
+    assert not record["0"].var.isfinite().any()
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES.values(), ids=cases.SHAPES.keys())

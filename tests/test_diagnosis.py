@@ -1,6 +1,7 @@
 """Planted faults are named, healthy models are not accused, and what is not known is said."""
 
 import copy
+import functools
 import sys
 
 import pytest
@@ -77,7 +78,7 @@ FAULTS = {
 }
 
 
-# In the convolutional net two samples bring 128 values to a channel: no fault (see the README).
+# In the convolutional net two samples bring 128 values to a channel: no fault.
 PLANTED = [
     (fault, make)
     for fault in FAULTS
@@ -212,6 +213,15 @@ def test_moving_averages_trained_at_batch_2_are_healthy(digits):
     layer = bnstats.MovingAverageBatchNorm1d
     model = multilayer_perceptron(layer, bnstats.CenteredLinear)
     fit(model, digits, batch=2, steps=150, lr=0.02, momentum=0.02)
+    diagnosis = bnstats.diagnose(model, batches(digits.train, 2)[:200])
+    assert diagnosis.verdict != "batch too small"
+
+
+def test_a_renorm_that_trains_with_what_it_evaluates_with_is_not_accused_of_small_batches(digits):
+    layer = functools.partial(bnstats.RenormBatchNorm1d, warmup=0, ramp=0)
+    model = fit(
+        multilayer_perceptron(layer, nn.Linear), digits, batch=2, steps=150, lr=0.02, momentum=0.02
+    )
     diagnosis = bnstats.diagnose(model, batches(digits.train, 2)[:200])
     assert diagnosis.verdict != "batch too small"
 

@@ -11,6 +11,7 @@ from bnstats.private import on_host
 from bnstats.reduction import (
     FEWEST_FAST,
     accumulator,
+    along_channels,
     cancelling_channels,
     other_axes,
     per_channel,
@@ -43,10 +44,10 @@ def masked_mean_and_m2(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]
             if cancelling_channels(squares, m2) is None:
                 return count, mean, m2.clamp_(min=0)
             about = mean.to(x.dtype)
-            deviations = (x - _along_channels(about, x)).mul_(factor)
+            deviations = (x - along_channels(about, x)).mul_(factor)
     if about is None or deviations is None:
         about = (_sum(torch.where(mask, x, 0)) / divisor).to(x.dtype)
-        deviations = torch.where(mask, x - _along_channels(about, x), 0)
+        deviations = torch.where(mask, x - along_channels(about, x), 0)
     mean, _, m2 = _moments_of(deviations, divisor)  # the mean is what rounding has left
     return count, mean + about.to(wide), m2.clamp(min=0)
 
@@ -61,10 +62,6 @@ def _moments_of(x: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total, squares = _sum(x), _sum_of_squares(x)
     mean = total / count
     return mean, squares, torch.addcmul(squares, total, mean, value=-1)
-
-
-def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (x.dim() - 2))
 
 
 def _sum(x: Tensor) -> Tensor:

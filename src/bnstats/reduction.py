@@ -118,6 +118,11 @@ def mean_square_on_host(x: Tensor) -> NDArray[np.float64]:
     return squares / (x.numel() // x.shape[1])
 
 
+def along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    """Return a vector of shape (C,) in the shape in which it broadcasts with x."""
+    return vector.view(-1, *[1] * (x.dim() - 2))
+
+
 def other_axes(x: Tensor) -> list[int]:
     """Return all axes but the channels'."""
     return [axis for axis in range(x.dim()) if axis != 1]
@@ -213,7 +218,7 @@ def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     What is read again then comes from the cache.
     """
     step = max(1, _CACHED * len(x) // x.numel())
-    shift = shift.view(-1, *[1] * (x.dim() - 2))
+    shift = along_channels(shift, x)
     difference = torch.empty_like(x[:step])
     totals = []
     for samples in x.split(step):

@@ -57,8 +57,8 @@ def why_frozen(name: str, layers: Mapping[str, _BatchNorm], model: nn.Module) ->
     if layer.num_batches_tracked is None:
         return ""
     own = int(layer.num_batches_tracked)
-    counted = (x.num_batches_tracked for x in layers.values())
-    most = max(int(x) for x in counted if x is not None)
+    counters = (x.num_batches_tracked for x in layers.values())
+    most = max(int(x) for x in counters if x is not None)
     # A layer that is called twice in a forward counts twice.
     return f"it has counted {own} batches, and others {most}" if own < most / 2 else ""
 

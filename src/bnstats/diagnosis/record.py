@@ -19,7 +19,7 @@ from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
-from bnstats.reduction import mean_and_m2
+from bnstats.reduction import along_channels, mean_and_m2, other_axes
 from bnstats.traversal import check_materialized, named_layers
 
 
@@ -27,7 +27,8 @@ class Normalization(NamedTuple):
     """What a training forward normalized with: ``y = ratio (x - mean) / sqrt(var + eps)``.
 
     A layer that does not normalize by the batch's own mean and variance has a method
-    ``last_normalization()`` that returns these three, each of shape (C,).
+    ``last_normalization(mean, var)``, which is given these two of its latest training forward and
+    returns the three, each of shape (C,).
     """
 
     mean: Tensor
@@ -54,7 +55,7 @@ class LayerRecord:
     the average over the values of a batch:
 
     Attributes:
-        mean: the mean that normalized: E[x].
+        mean: the mean that normalized: E[x] for ``nn.BatchNorm``.
         var: the biased variance that normalized.
         g: E[dL/dy]; NaN for a forward without a backward.
         psi: E[y dL/dy]; the same.
@@ -149,9 +150,9 @@ def record_batch_stats(
     training forward of a layer is an iteration. Under activation checkpointing a forward counts
     once.
 
-    It keeps 4 float64 numbers per channel and iteration on the layer's device, and each layer's
-    input until its backward. In time it costs one more pass over the input in the forward and
-    two in the backward; benchmarks/results/cpu/diagnose.md has it for a ResNet-18.
+    It keeps five numbers per channel and iteration on the layer's device, and each layer's input
+    until its backward. It takes the batch's statistics once more in the forward, and two passes
+    over the input in the backward; benchmarks/results/cpu/diagnose.md has it for a ResNet-18.
 
     Args:
         model: any Module; wrappers are seen through. Open the context before the first call of
@@ -264,14 +265,13 @@ def _pop_same(awaiting: list[_Awaiting], mean: Tensor) -> _Awaiting:
 
 
 def _normalization(layer: _BatchNorm, x: Tensor, valid: Tensor | None) -> Normalization:
-    last = getattr(layer, "last_normalization", None)
-    if last is not None:
-        return Normalization(*last())
+    count: int | Tensor = x.numel() // x.shape[1]
     if valid is None:
         mean, m2 = mean_and_m2(x.detach())
-        return Normalization(mean, m2 / (x.numel() // x.shape[1]), torch.ones_like(mean))
-    count, mean, m2 = masked_mean_and_m2(x.detach(), valid)
-    return Normalization(mean, m2 / count, torch.ones_like(mean))
+    else:
+        count, mean, m2 = masked_mean_and_m2(x.detach(), valid)
+    own = getattr(layer, "last_normalization", lambda *moments: (*moments, torch.ones_like(mean)))
+    return Normalization(*own(mean, m2 / count))
 
 
 @torch.no_grad()
@@ -285,14 +285,13 @@ def _take_gradient(
 ) -> None:
     """Average ``dL/dy`` and ``y dL/dy``, where ``dL/dy = weight dL/d output``."""
     mean, var, ratio = row.normalization
-    axes = [axis for axis in range(x.dim()) if axis != 1]
-    shape = [-1 if axis == 1 else 1 for axis in range(x.dim())]
+    axes = other_axes(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     gradient = gradient.to(wide)
     count: int | Tensor = x.numel() // x.shape[1]
     if valid is not None:
         gradient, count = torch.where(valid, gradient, 0), count_positions(valid, x)
-    centered = x.to(wide) - mean.to(wide).view(shape)
+    centered = x.to(wide) - along_channels(mean.to(wide), x)
     scale = torch.ones_like(mean) if weight is None else weight.to(mean)
     # Several backwards through one forward add up.
     row.g = row.g.nan_to_num(0) + scale * gradient.sum(axes) / count

@@ -48,12 +48,12 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
     _mask: Mask | None = None
     """What :func:`bnstats.masked` has given the layer."""
 
-    _masks: MaskRecall | None = None
+    _mask_recall: MaskRecall | None = None
     """What it gave the last forwards, once one was checkpointed."""
 
     _replicas: Replicas | None = None
 
-    _transient: ClassVar[tuple[str, ...]] = ("_held", "_mask", "_masks")
+    _transient: ClassVar[tuple[str, ...]] = ("_held", "_mask", "_mask_recall")
     """Attributes that a copy of the layer does not get."""
 
     _held = False
@@ -142,7 +142,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
             )
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize; in training also move the running statistics.
+        """Return the normalized input; in training also move the running statistics.
 
         Args:
             input: of shape (N, C, ...).
@@ -160,7 +160,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         if mean is not None and (functionalize := functionalized_around(mean)) is not None:
             return forward_below(functionalize, self, input, mask)
-        masked = mask is not None or self._mask is not None or self._masks is not None
+        masked = mask is not None or self._mask is not None or self._mask_recall is not None
         batch = self._batch(input, mask) if masked or self._replicas is not None else None
         if mean is not None and self.track_running_stats:
             self._check_input_dim(input)

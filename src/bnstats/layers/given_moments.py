@@ -22,7 +22,9 @@ from torch import Tensor
 from bnstats.errors import InvalidValueError
 from bnstats.layers.batch import Batch
 from bnstats.layers.replicas import Replicas
+from bnstats.masked_reduction import count_positions
 from bnstats.private import on_host
+from bnstats.reduction import along_channels, other_axes
 
 
 def normalize(
@@ -54,7 +56,7 @@ def by_definition(
         x - mean and 1 / sqrt(var + eps), whose product is z; number, mean and biased variance of
         the valid values.
     """
-    axes = [axis for axis in range(x.dim()) if axis != 1]
+    axes = other_axes(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     count: Tensor | int
     if mask is None:
@@ -63,7 +65,7 @@ def by_definition(
         centered = wide - mean
         var = centered.square().mean(axes, keepdim=True)
     else:
-        count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum()
+        count = count_positions(mask, x)
         divisor = count.clamp(min=1)
         mean = torch.where(mask, wide, 0).sum(axes, keepdim=True) / divisor
         # Gradients of 0 times padding that is not finite would be NaN.
@@ -78,9 +80,9 @@ def scale_and_shift(
 ) -> Tensor:
     """Return ``weight z + bias`` along the channels, z being ``centered inverse``."""
     if weight is not None:
-        inverse = inverse * _along_channels(weight, centered)
+        inverse = inverse * along_channels(weight, centered)
     z = centered * inverse
-    return z if bias is None else z + _along_channels(bias, z)
+    return z if bias is None else z + along_channels(bias, z)
 
 
 class _Normalize(torch.autograd.Function):
@@ -150,7 +152,7 @@ def _gradients(
     grad_x = F.batch_norm(x.to(mean.dtype), mean, var, slope, average, False, 0.0, ctx.eps)
     if mask is not None:
         grad_x = _zero_padding(grad_x, mask)
-    grad_x = grad_x.addcmul_(grad.to(mean.dtype), _along_channels(scale, grad))
+    grad_x = grad_x.addcmul_(grad.to(mean.dtype), along_channels(scale, grad))
     return grad_x.to(x.dtype), grad_weight, grad_bias
 
 
@@ -202,9 +204,5 @@ def _differentiable_gradients(
     grad_x, grad_weight = (
         next(grads) if v is not None and v.requires_grad else None for v in (x, weight)
     )
-    axes = [axis for axis in range(x.dim()) if axis != 1]
+    axes = other_axes(x)
     return grad_x, grad_weight, grad.sum(axes)
-
-
-def _along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (x.dim() - 2))

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from bnstats.errors import InvalidValueError
+from bnstats.layers.recall import REMEDY, REMEMBERED, SAME, too_long_ago
 from bnstats.masks import Mask
 from bnstats.private import in_backward_pass, intercepted, may_be_checkpointed, unseen
-
-_REMEMBERED = 16
-"""Forwards that are remembered."""
-
-_SAME_INPUT = 0.01
-"""Relative distance up to which two keys can be one input's, computed twice."""
 
 
 class MaskRecall:
@@ -28,7 +23,7 @@ class MaskRecall:
     """
 
     def __init__(self) -> None:
-        self._forwards: deque[_Forward] = deque(maxlen=_REMEMBERED)
+        self._forwards: deque[_Forward] = deque(maxlen=REMEMBERED)
 
     def remember(self, input: Tensor, mask: Mask | None) -> None:
         """Keep the mask of a forward."""
@@ -52,14 +47,10 @@ class MaskRecall:
         keys = torch.stack([key, *(own.key for own in known)])
         distances: list[float] = torch.linalg.vector_norm(keys[1:] - key, dim=1).tolist()
         nearest = min(distances, default=torch.inf)
-        if nearest > _SAME_INPUT * float(torch.linalg.vector_norm(key)):
-            if len(self._forwards) < _REMEMBERED:
+        if nearest > SAME * float(torch.linalg.vector_norm(key)):
+            if len(self._forwards) < REMEMBERED:
                 return None
-            raise InvalidValueError(
-                "a training forward inside a backward pass is taken for one that activation "
-                f"checkpointing runs again, but none of the last {_REMEMBERED} had this input, "
-                f"which would say its mask: run backward at most {_REMEMBERED} forwards later"
-            )
+            raise too_long_ago(REMEMBERED, REMEDY)
         alike = [own for own, far in zip(known, distances, strict=True) if far == nearest]
         waiting = [own for own in alike if not own.repeated] or alike[:1]
         found = next((own for own in waiting if own.mask is given), waiting[0])
@@ -100,16 +91,16 @@ class MaskedLayer(Protocol):
 
     Attributes:
         _mask: what it has from a context now.
-        _masks: what it had from others, once one of its forwards was checkpointed.
+        _mask_recall: what it had from others, once one of its forwards was checkpointed.
     """
 
     _mask: Mask | None
-    _masks: MaskRecall | None
+    _mask_recall: MaskRecall | None
 
 
 def mask_of_forward(layer: MaskedLayer, input: Tensor) -> Mask | None:
     """Return the mask that a context gives a forward, or gave it when it ran first."""
-    given, recall = layer._mask, layer._masks
+    given, recall = layer._mask, layer._mask_recall
     # Compiled code runs parts of itself again, not the layer.
     if torch.compiler.is_compiling() or intercepted():
         return given
@@ -118,6 +109,6 @@ def mask_of_forward(layer: MaskedLayer, input: Tensor) -> Mask | None:
             return given if recall is None else recall.find(input, given)
         if (given is not None or recall is not None) and may_be_checkpointed():
             if recall is None:
-                recall = layer._masks = MaskRecall()
+                recall = layer._mask_recall = MaskRecall()
             recall.remember(input, given)
     return given

@@ -13,7 +13,7 @@ from bnstats.layers.arguments import check_dtype, check_integer, check_limit
 from bnstats.layers.batch import Batch
 from bnstats.layers.moving_average_gradient import normalize_about_zero
 from bnstats.layers.moving_average_state import MovingAverageState
-from bnstats.layers.moving_average_step import Options, take_step
+from bnstats.layers.moving_average_step import Options, advance, take_step
 from bnstats.layers.tracking import HALF
 from bnstats.private import has_tangent
 
@@ -75,7 +75,8 @@ class MovingAverageBatchNorm(MovingAverageState):
         sync: whose values make up a batch in training: None for this process alone, True for
             all processes, or a process group. Without initialized processes there is only one.
         window: m, the number of forwards that are averaged over, at least 1.
-        warmup: forwards that are normalized by the batch's own statistics, at least 0.
+        warmup: the first forward that may use the window, at least 0; those before it, and the
+            first m in any case, are normalized by the batch's own statistics.
         renorm_warmup: forwards before the running variance takes part, at least 0.
         max_ratio: the limit of r, at least 1.
 
@@ -90,9 +91,11 @@ class MovingAverageBatchNorm(MovingAverageState):
     Raises:
         InvalidValueError: num_features or window below 1, eps not positive, momentum outside
             [0, 1], a negative warmup, max_ratio below 1, track_running_stats=False, an input
-            of the wrong shape; in a backward, a forward to be run again that is more than m
-            forwards ago.
+            or a mask of the wrong shape, forward-mode differentiation of a training forward;
+            in a backward, ``create_graph=True``, or a forward to be run again that is more than
+            m forwards ago.
         InvalidTypeError: an argument that is not a number, or an input of the wrong dtype.
+        PeerError: with ``sync``, a forward failed in another process.
 
     Warns:
         BnstatsWarning: a plain checkpoint is loaded whose means are not near zero. The layer
@@ -163,11 +166,26 @@ class MovingAverageBatchNorm(MovingAverageState):
         self.max_ratio = float(max_ratio)
         self._register_ring_buffers(self.window)
 
-    def last_normalization(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and ratio r of the latest forward that counted, each (C,)."""
-        slot = (self.num_steps_tracked % self.window).view(1)
-        var, ratio = self.window_scales.index_select(0, slot).squeeze(0).unbind()
+    def last_normalization(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and ratio r by which the latest training forward normalized.
+
+        Args:
+            mean: of that forward's batch, of shape (C,), like all that is returned.
+            var: of that batch, biased.
+        """
+        chi, options = (var + mean.square()).to(self.window_scales), self._options()
+        if options.moves():
+            slot = (self.num_steps_tracked % self.window).view(1)
+            var, ratio = self.window_scales.index_select(0, slot).squeeze(0).unbind()
+        else:  # no buffer has moved since
+            _, (var, ratio, _) = advance(self._step_state(), chi, options)
+        finite = chi.sum().isfinite()
+        var, ratio = torch.where(finite, var, chi), torch.where(finite, ratio, 1)
         return torch.zeros_like(var), var, ratio
+
+    def _options(self) -> Options:
+        schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
+        return Options(self.eps, self.momentum, *schedule, self._held)
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
@@ -196,9 +214,7 @@ class MovingAverageBatchNorm(MovingAverageState):
             weight = weight.to(wide)
         if bias is not None and bias.dtype != wide:
             bias = bias.to(wide)
-        schedule = (self.warmup, self.renorm_warmup, self.max_ratio)
-        options = Options(self.eps, self.momentum, *schedule, self._held)
-        (var, ratio, step), count = take_step(self._step_state(), input, options, batch)
+        (var, ratio, step), count = take_step(self._step_state(), input, self._options(), batch)
         gradients = (self.window_gradients, self.window_gradient_steps)
         mask, replicas = (None, None) if batch is None else (batch.mask, batch.replicas)
         # One by one: torch 2.6 compiles no tuples of tensors here where a shape is dynamic.

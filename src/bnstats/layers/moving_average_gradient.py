@@ -16,6 +16,7 @@ from bnstats.layers.given_moments import with_finite_padding
 from bnstats.layers.operators import opaque, referred, register
 from bnstats.layers.tracking import replace_where
 from bnstats.private import intercepted, on_host, only_reverse_mode
+from bnstats.reduction import along_channels
 
 _SMALLEST_FACTOR = 1e-20
 """What stands for a smaller factor where one is divided by: far below rounding."""
@@ -35,7 +36,7 @@ def normalize_about_zero(*arguments: Any) -> Tensor:
     Args:
         arguments: x, weight, bias, var, ratio, eps; for the backward step, gradients,
             gradient_steps, warmup; and of a batch that is not all of x and no more, mask, number
-            of values, replicas. They are listed here for an autograd function takes no names.
+            of values, replicas. An autograd function takes no keywords.
     """
     output: Tensor
     if intercepted():
@@ -203,7 +204,7 @@ def _anywhere(
     )
 
     def input_gradient(mean: Tensor) -> Tensor:
-        factor_z = (mean / square).view(-1, *[1] * (x.dim() - 2))
+        factor_z = along_channels(mean / square, x)
         add = torch.addcmul if transformed else Tensor.addcmul_
         own = x if mask is None else torch.where(mask, x, 0)  # others have no part in the variance
         return add(partial, own, factor_z, value=-1).to(dtype)

@@ -8,13 +8,9 @@ import torch
 from torch import Tensor
 
 from bnstats.accumulators import ring_buffer
-from bnstats.errors import InvalidValueError
 from bnstats.layers.operators import opaque, register
+from bnstats.layers.recall import SAME, too_long_ago
 from bnstats.private import in_backward_pass, on_host
-
-_SAME_BATCH = 0.01
-"""Relative distance up to which two mean squares can be one batch's, computed twice. On most
-devices they are equal to the bit; some kernels add up in an order that varies."""
 
 _BEFORE_ALL_OTHERS = 2**40
 """More than any step counts."""
@@ -109,14 +105,13 @@ def _recall(
     if held_steps is not None:
         recalled = ring_buffer.slots(held_steps) + length == slot
         held_steps.copy_(torch.where(recalled, -held_steps.abs(), held_steps))
-    found, finite = nearest <= _SAME_BATCH * norm(chi), chi.sum().isfinite()
+    found, finite = nearest <= SAME * norm(chi), chi.sum().isfinite()
     if on_host(chi) and finite and not found:
-        raise InvalidValueError(
-            "MovingAverageBatchNorm: a training forward inside a backward pass is taken for one "
-            "that activation checkpointing runs again, but none of the last "
-            f"{length} had this input: expected at most window={length} training forwards between "
-            "a forward and its backward; choose a larger window, or run backward sooner"
+        remedy = (
+            f"expected at most window={length} training forwards between a forward and its "
+            "backward; choose a larger window, or run backward sooner"
         )
+        raise too_long_ago(length, remedy, where="MovingAverageBatchNorm")
     var, ratio = scales.index_select(0, slot).squeeze(0).unbind()
     var = torch.where(found, var, torch.nan)  # where the host cannot raise, NaN shows it
     step = steps.index_select(0, slot).squeeze(0)

@@ -1,6 +1,6 @@
 """One training forward of a moving-average layer: from state and batch to what normalizes it.
 
-:func:`_advance` is the step, a pure function. :func:`take_step` decides whether it counts, and
+:func:`advance` is the step, a pure function. :func:`take_step` decides whether it counts, and
 writes it. The host has a faster version of both in numbers and numpy's arrays, whose small
 operations cost a third of torch's.
 """
@@ -137,7 +137,7 @@ def _take_step(
 
 def _take_step_on_device(state: State, chi: Tensor, options: Options) -> Scale:
     """Decide whether a step counts, and write it, by tensors alone."""
-    new, (var, ratio, step) = _advance(state, chi, options)
+    new, (var, ratio, step) = advance(state, chi, options)
     running = new.running_var.to(state.running_var.dtype)
     counted = torch.maximum(chi.max(), running.max()) < torch.inf
     var, ratio = torch.where(counted, var, chi), torch.where(counted, ratio, 1)
@@ -156,7 +156,7 @@ def _take_step_on_device(state: State, chi: Tensor, options: Options) -> Scale:
     return Scale(var, ratio, step)
 
 
-def _advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]:
+def advance(state: State, chi: Tensor, options: Options) -> tuple[State, Scale]:
     """Return the state after a batch of these mean squares, and what normalizes it."""
     length, eps = len(state.mean_squares), options.eps
     step = state.num_steps + 1

@@ -13,11 +13,14 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.private import in_backward_pass, on_host
 
-_REMEMBERED = 16
+REMEMBERED = 16
 """Forwards that are remembered."""
 
-_SAME_BATCH = 0.01
-"""Relative distance up to which two keys can be one batch's, computed twice."""
+SAME = 0.01
+"""Relative distance up to which two keys can be one batch's, computed twice. On most devices they
+are equal to the bit; some kernels add up in an order that varies."""
+
+REMEDY = f"run backward at most {REMEMBERED} forwards later"
 
 
 class Recall(Referable):
@@ -33,7 +36,7 @@ class Recall(Referable):
     def __init__(self, before: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self._before = before
-        self._forwards: deque[tuple[Tensor, Tensor]] = deque(maxlen=_REMEMBERED)
+        self._forwards: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recall:
         return Recall(self._before)
@@ -41,15 +44,20 @@ class Recall(Referable):
     def __reduce__(self) -> tuple[Any, ...]:
         return Recall, (self._before,)
 
+    @property
+    def last(self) -> Tensor | None:
+        """The value of the latest forward."""
+        return self._forwards[-1][1] if self._forwards else None
+
     def remember(self, key: Tensor, value: Tensor) -> None:
         """Keep the value of a forward."""
         self._forwards.append((key, value))
 
     def begins_after(self, key: Tensor) -> bool:
         """Ask, on the host, whether a forward came before all that were ever remembered."""
-        if len(self._forwards) == _REMEMBERED:
+        if len(self._forwards) == REMEMBERED:
             return False
-        limit = _SAME_BATCH * torch.linalg.vector_norm(key)
+        limit = SAME * torch.linalg.vector_norm(key)
         return all(torch.linalg.vector_norm(own - key) > limit for own, _ in self._forwards)
 
     def find(self, key: Tensor) -> Tensor:
@@ -61,20 +69,20 @@ class Recall(Referable):
         """
         known = [pair for pair in reversed(self._forwards) if pair[0].shape == key.shape]
         before = None
-        if self._before is not None and len(self._forwards) < _REMEMBERED:
+        if self._before is not None and len(self._forwards) < REMEMBERED:
             before = torch.stack([torch.full_like(key, row) for row in self._before])
         if not known:
             if before is None:
-                raise _too_long_ago()
+                raise too_long_ago(REMEMBERED, REMEDY)
             return before
         keys, values = (torch.stack(column) for column in zip(*known, strict=True))
         # Channels that are not finite do not help to identify the batch.
         norm = partial(torch.linalg.vector_norm, dim=-1)
         distance = norm(_finite(keys - key))
         index = distance.argmin().view(1)
-        found = distance[index] <= _SAME_BATCH * norm(_finite(key))
+        found = distance[index] <= SAME * norm(_finite(key))
         if on_host(key) and before is None and not found and key.isfinite().all():
-            raise _too_long_ago()
+            raise too_long_ago(REMEMBERED, REMEDY)
         value = values.index_select(0, index).squeeze(0)
         return torch.where(found, value, torch.nan if before is None else before)
 
@@ -88,11 +96,18 @@ def _finite(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _too_long_ago() -> InvalidValueError:
+def too_long_ago(remembered: int, remedy: str, *, where: str = "") -> InvalidValueError:
+    """Return the error of a forward that runs again, and is not remembered.
+
+    Args:
+        remembered: how many of the last forwards are.
+        remedy: what to do.
+        where: the layer.
+    """
     return InvalidValueError(
-        "a training forward inside a backward pass is taken for one that activation "
-        f"checkpointing runs again, but none of the last {_REMEMBERED} had this input: run "
-        f"backward at most {_REMEMBERED} forwards later"
+        f"{where}: " * bool(where) + "a training forward inside a backward pass is taken for one "
+        f"that activation checkpointing runs again, but none of the last {remembered} had this "
+        f"input: {remedy}"
     )
 
 

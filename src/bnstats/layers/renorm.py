@@ -63,9 +63,11 @@ class RenormBatchNorm(EMABatchNorm):
 
     Raises:
         InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], a
-            negative warmup or ramp, max_ratio below 1, max_shift below 0, or an input of the
-            wrong shape; in a backward, a forward to be run again that is more than 16 ago.
+            negative warmup or ramp, max_ratio below 1, max_shift below 0, an input or a mask of
+            the wrong shape, or a training batch of one value per channel; in a backward, a
+            forward to be run again that is more than 16 ago.
         InvalidTypeError: an argument that is not a number.
+        PeerError: with ``sync``, a forward failed in another process.
 
     Note:
         Under activation checkpointing a forward that runs again gets the r and d of the first
@@ -162,6 +164,23 @@ class RenormBatchNorm(EMABatchNorm):
         r = ((var + self.eps).sqrt() * inverse).clamp(1 / max_ratio, max_ratio)
         d = ((mean - running_mean) * inverse).clamp(-max_shift, max_shift)
         return torch.stack((r, d))
+
+    def last_normalization(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and ratio by which the latest training forward normalized.
+
+        The ratio is r, and the mean ``mean - d sd / r``.
+
+        Args:
+            mean: of that forward's batch, of shape (C,), like all that is returned.
+            var: of that batch, biased.
+        """
+        counter, last = self._buffers["num_batches_tracked"], self._corrections.last
+        moved = self.momentum != 0 and not self._held
+        warm = counter is None or not on_host(counter) or int(counter) >= self.warmup + moved
+        if last is None or not warm:
+            return mean, var, torch.ones_like(mean)
+        r, d = last.unbind()
+        return mean - d * (var + self.eps).sqrt() / r, var, r
 
     def _limits(self, num_batches: Number) -> tuple[Any, Any]:
         """Return rmax and dmax of the forward after this many batches."""
