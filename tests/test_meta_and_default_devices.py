@@ -102,3 +102,16 @@ def test_a_default_device_does_not_reach_into_a_layer_on_cpu(family, way):
         use()
     torch.testing.assert_close(layer.state_dict(), twin.state_dict())
     assert not any(buffer.is_meta for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("way", ["set_default_device", "with torch.device"])
+def test_a_default_device_does_not_reach_into_statistics(way):
+    shards = [
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), list(torch.randn(4, 8, 3)))
+        for _ in range(2)
+    ]
+    expected = shards[0].merge(shards[1])[""]
+    with set_for_all("meta") if way == "set_default_device" else torch.device("meta"):
+        merged = shards[0].merge(shards[1])[""]
+    for name in ("mean", "var", "mean_stderr", "var_stderr", "sample_spread"):
+        torch.testing.assert_close(getattr(merged, name), getattr(expected, name))

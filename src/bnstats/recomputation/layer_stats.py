@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
 from bnstats.formatting import describe
 from bnstats.moments import Moments
-from bnstats.recomputation.spread import change
+from bnstats.recomputation.spread import transformed
 
 _UNSHOWN = ("mean_var_cov", "spread", "sample_spread")
 _TENSORS = ("mean", "var", "mean_stderr", "var_stderr", *_UNSHOWN)
@@ -134,9 +134,8 @@ class LayerStats:
     @property
     def moments(self) -> Moments:
         """The statistics as mergeable moments; meant for pooled ones."""
-        return Moments(
-            torch.tensor(self.count), self.mean, self.var * (self.count - self.correction)
-        )
+        count = torch.tensor(self.count, device="cpu")
+        return Moments(count, self.mean, self.var * (self.count - self.correction))
 
     @property
     def unit_covariance(self) -> Tensor:
@@ -162,15 +161,15 @@ class LayerStats:
         """
         total = self.moments + other.moments
         count, biased = int(total.count), total.var(0)
-        spread, sample_spread = torch.zeros(2, 3, 3, self.num_features, dtype=torch.float64)
+        spread, sample_spread = self.mean.new_zeros(2, 3, 3, self.num_features)
         errors = _Errors(*torch.zeros_like(self.spread[:, 0]).unbind(1))
         for part in (self, other):
             # About the mean of all, a part's variance has a share of its mean's error.
             shift = part.mean - total.mean
             constant = part.moments.var(0) + shift.square() - biased
             about = shift, 2 * shift, constant
-            spread = spread + change(part.spread.permute(1, 2, 0), *about)
-            sample_spread = sample_spread + change(part.sample_spread.permute(1, 2, 0), *about)
+            spread = spread + transformed(part.spread.permute(1, 2, 0), *about)
+            sample_spread = sample_spread + transformed(part.sample_spread.permute(1, 2, 0), *about)
             errors = errors.plus(part._errors().referred(shift), (part.count / count) ** 2)
         # If one part lacks them, the merged statistics do too.
         taken = self.num_samples and other.num_samples

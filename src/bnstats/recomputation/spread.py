@@ -30,7 +30,7 @@ def _symmetric(kept: Tensor) -> Tensor:
     return torch.stack([kept[i] for i in positions]).view(3, 3, *kept.shape[1:])
 
 
-def change(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Tensor:
+def transformed(matrix: Tensor, shift: Tensor, of_u: Tensor, constant: Tensor) -> Tensor:
     """Return the second moments of ``(1, u + shift, q + of_u u + constant)``.
 
     Args:
@@ -169,8 +169,8 @@ class Spread:
     def _refer(self, matrix: Tensor, shift: Tensor, constant: Tensor) -> Tensor:
         """Return a matrix brought to a reference that is lower by the shift; add to q."""
         if not self._about_reference:
-            return change(matrix, shift, torch.zeros_like(shift), constant)
-        return change(matrix, shift, 2 * shift, shift.square() + constant)
+            return transformed(matrix, shift, torch.zeros_like(shift), constant)
+        return transformed(matrix, shift, 2 * shift, shift.square() + constant)
 
     def bessel(self) -> Tensor:
         """Return B / (B - 1) for B units; NaN for fewer than two."""
