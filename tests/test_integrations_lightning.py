@@ -338,7 +338,7 @@ def test_a_module_without_forward_is_asked_for_one_before_the_training(tmp_path)
 
 
 def test_mistakes_are_told_before_the_training():
-    with pytest.raises(InvalidValueError, match="no option 'methd'; the nearest is 'method'"):
+    with pytest.raises(InvalidTypeError, match="no option 'methd'; the nearest is 'method'"):
         RecalibrateBatchNorm(methd="pooled")
     with pytest.raises(InvalidValueError, match="every_n_epochs: expected 1 or more"):
         RecalibrateBatchNorm(0)

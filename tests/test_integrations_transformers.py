@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import bnstats
 import trainers
-from bnstats.errors import InvalidValueError
+from bnstats.errors import InvalidTypeError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -161,5 +161,5 @@ def test_a_real_model_of_transformers_is_served(tmp_path):
 
 
 def test_mistakes_are_told_before_the_training():
-    with pytest.raises(InvalidValueError, match="no option 'tolerence'; the nearest is 'tol"):
+    with pytest.raises(InvalidTypeError, match="no option 'tolerence'; the nearest is 'tol"):
         RecalibrateBatchNorm(tolerence=0.1)

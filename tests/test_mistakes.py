@@ -83,6 +83,13 @@ def one_name(name):
     return True
 
 
+CHOOSING = (
+    bnstats.hold_statistics,
+    bnstats.freeze_statistics,
+    bnstats.thaw_statistics,
+    lambda model, include: bnstats.observe(model, include).__enter__(),
+)
+
 NO_INCLUDES = {
     "a list": (["1"], r"got list; for names use lambda name, module: name.startswith\(\('1',\)\)"),
     "a name": ("1", r"got str; for names use lambda name, module: name.startswith\('1'\)"),
@@ -100,7 +107,11 @@ def test_an_include_that_cannot_choose_says_what_can_before_anything_runs(includ
     model = network()
     before = snapshot(model)
     says = r"include: expected a function include\(name, module\) or None, " + says
-    for call in (partial(recompute, model, images()), partial(convert, model, "ema")):
+    for call in (
+        partial(recompute, model, images()),
+        partial(convert, model, "ema"),
+        *(partial(function, model) for function in CHOOSING),
+    ):
         with pytest.raises(InvalidTypeError, match=says):
             call(include=include)
     assert_untouched(model, before)
@@ -138,7 +149,7 @@ def test_a_result_in_the_place_of_its_statistics_is_told_where_they_are():
     for call in (bnstats.estimate_running_error, result.after.merge):
         with pytest.raises(InvalidTypeError, match=r"got Recalibration; .* are result.after"):
             call(result)
-    with pytest.raises(InvalidTypeError, match=r"got Recalibration; .* in .after"):
+    with pytest.raises(InvalidTypeError, match=r"got Recalibration; measure_population_stats\("):
         recompute(network(), images(), prior=result)
 
 

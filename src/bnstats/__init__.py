@@ -2,11 +2,11 @@
 
 The map:
 
-- :class:`EMABatchNorm2d` and its family: a drop-in BatchNorm with a debiased, pooled moving
-  average. :class:`CumulativeBatchNorm2d` and its: exact statistics of all values since a reset.
-- :class:`MovingAverageBatchNorm2d` and its: batch norm for batches of few values, behind
-  :class:`CenteredConv2d` and :class:`CenteredLinear`, layers whose weights have no mean.
-- :class:`RenormBatchNorm2d` and its: batch renormalization, training that follows evaluation.
+- ``EMABatchNorm1d/2d/3d``: a drop-in BatchNorm with a debiased, pooled moving average.
+- ``CumulativeBatchNorm1d/2d/3d``: exact statistics of all values since a reset.
+- ``MovingAverageBatchNorm1d/2d/3d``: batch norm for batches of few values, behind
+  ``CenteredConv1d/2d/3d`` and :class:`CenteredLinear`, layers whose weights have no mean.
+- ``RenormBatchNorm1d/2d/3d``: batch renormalization, training that follows evaluation.
 - :func:`convert_batchnorm`: make the BatchNorm layers of an existing model those of a family,
   in place; :func:`revert_batchnorm` makes them torch's again.
 - :func:`masked`: let padding count for nothing, in all layers of a model.
@@ -19,7 +19,8 @@ The map:
 - :func:`diagnose`: is it the batch norm? One verdict, its evidence, and the fix.
 - :func:`record_batch_stats`: what batches do in training; :func:`plot_batch_stats`,
   :func:`plot_drift`: figures; :func:`estimate_running_error`: how good an average can be.
-- :class:`Moments`: the mergeable count, mean and sum of squares that all of it stands on.
+- :class:`Moments`: the mergeable count, mean and sum of squared deviations that all of it
+  stands on.
 - :mod:`bnstats.errors`: what is raised, each error also a builtin one.
 """
 

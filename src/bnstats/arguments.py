@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,16 +58,15 @@ def check_has_values(layers: Mapping[str, nn.Module]) -> None:
             )
 
 
-def check_writable(layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers whose running statistics were made in inference mode, outside of it."""
-    for name, layer in layers.items():
-        made_there = any(buffer.is_inference() for buffer in layer.buffers(recurse=False))
-        if made_there and not torch.is_inference_mode_enabled():
-            raise InvalidValueError(
-                f"layer '{name}' ({type(layer).__name__}): expected running statistics that can be "
-                "written to, got some that were made in torch.inference_mode() and can be written "
-                "to only there: make, or load, the model outside of it, or call this in it"
-            )
+def check_writable(name: str, layer: nn.Module, tensors: Iterable[Tensor | None]) -> None:
+    """Refuse tensors of a layer that were made in inference mode, outside of it."""
+    made_there = any(x is not None and x.is_inference() for x in tensors)
+    if made_there and not torch.is_inference_mode_enabled():
+        raise InvalidValueError(
+            f"layer '{name}' ({type(layer).__name__}): expected tensors that can be written to, "
+            "got some that were made in torch.inference_mode() and can be written to only there: "
+            "make, or load, the model outside of it, or call this in it"
+        )
 
 
 def check_function(argument: str, function: object, signature: str) -> None:
@@ -88,15 +88,22 @@ def check_function(argument: str, function: object, signature: str) -> None:
     if not callable(function):
         instead = _instead_of_names(function) if "name" in signature else ""
         raise InvalidTypeError(f"{expected} {type(function).__name__}{instead}")
+    if mismatch := mismatch_of(function, signature.split(", ")):
+        name = getattr(function, "__name__", type(function).__name__)
+        raise InvalidTypeError(f"{expected} {name}{mismatch}")
+
+
+def mismatch_of(function: Callable[..., Any], arguments: Iterable[str]) -> str:
+    """Return a function's signature and why it does not take these arguments; else nothing."""
     try:
         known = inspect.signature(function)
     except (TypeError, ValueError):  # a builtin's may not be known
-        return
+        return ""
     try:
-        known.bind(*signature.split(", "))
+        known.bind(*arguments)
     except TypeError as error:
-        name = getattr(function, "__name__", type(function).__name__)
-        raise InvalidTypeError(f"{expected} {name}{known}: {error}") from None
+        return f"{known}: {error}"
+    return ""
 
 
 def _instead_of_names(names: object) -> str:

@@ -59,13 +59,7 @@ class Peers:
                     "torch.distributed.init_process_group first, or pass sync=None"
                 )
             return cls()
-        if not is_group(sync):
-            # What new_group returns in a process that it leaves out.
-            if dist.is_available() and isinstance(sync, int):
-                raise InvalidValueError("sync: this process is not a member of the group")
-            raise InvalidTypeError(
-                f"sync: expected True, False, None or a process group, got {type(sync).__name__}"
-            )
+        check_group("sync", sync, "True, False, None or a process group")
         _backend_config(sync)
         return cls(sync)
 
@@ -134,6 +128,21 @@ def _backend_config(group: ProcessGroup | None) -> str:
 def is_group(value: object) -> TypeGuard[ProcessGroup]:
     """Whether a value is a process group."""
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def check_group(where: str, value: object, expected: str) -> None:
+    """Refuse what is no process group, or one that this process is not a member of.
+
+    Args:
+        where: the option's name.
+        value: what came.
+        expected: the values that the option has.
+    """
+    if is_group(value):
+        return
+    if isinstance(value, int):  # what new_group returns in a process that it leaves out
+        raise InvalidValueError(f"{where}: this process is not a member of the group")
+    raise InvalidTypeError(f"{where}: expected {expected}, got {type(value).__name__}")
 
 
 def communicates(model: nn.Module) -> bool:

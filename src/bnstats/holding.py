@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
 from bnstats.errors import warn
-from bnstats.private import in_backward_pass, intercepted, may_be_checkpointed, unseen
+from bnstats.private import (
+    add_unnumbered_hooks,
+    in_backward_pass,
+    intercepted,
+    may_be_checkpointed,
+    remove_unnumbered_hooks,
+    unseen,
+)
 from bnstats.traversal import Include, named_batchnorms, no_batchnorm
 
 
@@ -27,8 +34,8 @@ def hold_statistics(
     weights, adversarial training on perturbed inputs, consistency losses, gradient penalties. The
     running statistics are to follow one of them. In this context no buffer of the chosen layers
     moves, counters and windows included, in layers of this package, of torch and of others that
-    derive from torch's. Outputs and gradients are those of training mode, by each batch's own
-    statistics. A layer in evaluation mode does what it does anyway.
+    derive from torch's. Outputs and gradients are those of the same forward without the
+    context. A layer in evaluation mode does what it does anyway.
 
     Contexts nest, may overlap in any order, and end with an error as without one. A layer is held
     in all threads, so that replicas of DataParallel are. The result also serves as a decorator.
@@ -170,10 +177,7 @@ class BufferCopies:
         self._last: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = {}, {}
         if layer is not None:
             _copies[layer] = self
-            # Not by torch's functions, which give each hook a number: compiled code remembers it.
-            layer._forward_pre_hooks[_HOOK] = self._before
-            layer._forward_hooks[_HOOK] = self._after
-            layer._forward_hooks_always_called[_HOOK] = True
+            add_unnumbered_hooks(layer, _HOOK, self._before, self._after)
 
     def __reduce__(self) -> tuple[type[BufferCopies], tuple[()]]:
         return BufferCopies, ()
@@ -188,9 +192,7 @@ class BufferCopies:
     def _remove(self) -> None:
         for layer in [layer for layer, copies in _copies.items() if copies is self]:
             del _copies[layer]
-            hooks = layer._forward_pre_hooks, layer._forward_hooks
-            for found in (*hooks, layer._forward_hooks_always_called):
-                found.pop(_HOOK, None)
+            remove_unnumbered_hooks(layer, _HOOK)
 
     def _before(self, layer: nn.Module, _: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():

@@ -226,7 +226,11 @@ class Moments:
         return cls(torch.tensor(count, device="cpu"), mean, m2)
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of the values of both."""
+        """Return the moments of the values of both.
+
+        Raises:
+            InvalidValueError: the other has another number of channels.
+        """
         if self.num_features != other.num_features:
             raise InvalidValueError(
                 f"merge: expected {self.num_features} channels, got {other.num_features}; where "

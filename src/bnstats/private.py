@@ -1,4 +1,8 @@
-"""All uses of torch's private names, each with the reason why no public one serves."""
+"""All uses of torch's private names, each with the reason why no public one serves.
+
+Elsewhere there are only the names that every subclass meets: a Module's dicts of parameters,
+buffers and submodules, and the base classes ``_BatchNorm`` and ``_InstanceNorm``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
+
+# Public names of modules that are private.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils.data import DataLoader
 
 
@@ -108,8 +116,8 @@ def functionalized() -> bool:
 def functionalized_around(tensor: Tensor) -> Any | None:
     """Return torch's interface to functionalize where it runs this and does not follow a tensor.
 
-    A tensor that is no argument of the function is none that it follows, and the function may not
-    write to it. The interface goes below: unwrap_tensors, redispatch_to_next, wrap_tensors.
+    It follows the function's arguments alone, and the function may not write to other tensors. The
+    interface goes below: unwrap_tensors, redispatch_to_next, wrap_tensors.
     """
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return None
@@ -199,6 +207,30 @@ def on_host(tensor: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
     )
+
+
+def is_mutable(operator: Any) -> bool:
+    """Whether an operator writes to arguments. Only its schema knows, and no public name has it."""
+    return bool(operator._schema.is_mutable)
+
+
+def add_unnumbered_hooks(
+    module: nn.Module, key: Any, before: Callable[..., Any], after: Callable[..., Any]
+) -> None:
+    """Add hooks before and after a module's forward, the second also after one that fails.
+
+    The public functions number all hooks of the process, and compiled code remembers the number.
+    """
+    module._forward_pre_hooks[key] = before
+    module._forward_hooks[key] = after
+    module._forward_hooks_always_called[key] = True
+
+
+def remove_unnumbered_hooks(module: nn.Module, key: Any) -> None:
+    """Remove what :func:`add_unnumbered_hooks` has added, if it is there."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        hooks.pop(key, None)
+    module._forward_hooks_always_called.pop(key, None)
 
 
 def version(tensor: Tensor) -> float:

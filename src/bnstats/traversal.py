@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import NoReturn, TypeAlias, TypeVar, cast
 
@@ -14,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from bnstats.arguments import check_module
+from bnstats.arguments import check_function, check_module
 from bnstats.errors import InvalidTypeError, UnknownLayerError
 from bnstats.formatting import describe_mapping
 
@@ -111,8 +112,10 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
     example; they are typed as BatchNorm.
 
     Raises:
-        InvalidTypeError: model is not a Module, or a layer is lazy and not yet materialized.
+        InvalidTypeError: model is not a Module, include no function of two arguments, or a layer
+            is lazy and not yet materialized.
     """
+    check_function("include", include, "name, module")
     layers: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
         if isinstance(module, _BatchNorm):
@@ -122,6 +125,17 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
         if keeps_statistics(module) and (include is None or include(name, module)):
             layers[name] = cast("_BatchNorm", module)
     return layers
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Let modules be set to training or evaluation; on leaving, each has its mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def keeps_statistics(module: nn.Module) -> bool:
@@ -172,7 +186,7 @@ def _instead(module: nn.Module) -> str | None:
     return None
 
 
-def first_names(names: Collection[str]) -> str:
+def first_names(names: Collection[object]) -> str:
     """Return the first few names, for a message."""
     shown = ", ".join(repr(name) for name in islice(names, 3))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -17,7 +17,7 @@ Array = NDArray[Any]
 
 
 def is_warm(step: Any, length: int, warmup: int) -> Any:
-    """Whether a step comes after more than ``length`` and at least ``warmup`` steps."""
+    """Whether a step, counted from 1, comes after step ``length`` and not before ``warmup``."""
     return step >= max(length + 1, warmup)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bnstats.arguments import mismatch_of
 from bnstats.errors import InvalidValueError
 
 
@@ -45,24 +45,12 @@ def find(where: str, what: str, *arguments: str) -> Callable[..., Any]:
         raise InvalidValueError(
             f"{what}: expected a callable, but module {module_name!r} {there} {kind}{near}"
         )
-    _check_takes(arguments, found, where, what)
-    return found
-
-
-def _check_takes(
-    arguments: tuple[str, ...], found: Callable[..., Any], where: str, what: str
-) -> None:
-    try:
-        known = inspect.signature(found)
-    except (TypeError, ValueError):  # a builtin's may not be known
-        return
-    try:
-        known.bind(*arguments)
-    except TypeError as error:
+    if mismatch := mismatch_of(found, arguments):
         raise InvalidValueError(
             f"{what}: expected a callable that is called with ({', '.join(arguments)}), got "
-            f"{where}{known}: {error}"
-        ) from None
+            f"{where}{mismatch}"
+        )
+    return found
 
 
 def _import(name: str, what: str, here: str) -> ModuleType:

@@ -19,6 +19,7 @@ from bnstats import RunningStats
 from bnstats.cli.checkpoints import Checkpoint
 from bnstats.cli.measuring import KEY_HELP
 from bnstats.errors import InvalidValueError
+from bnstats.formatting import counted
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     if not layers:
         raise InvalidValueError(f"{options.checkpoint} has no running statistics of any layer")
     under = f", under {checkpoint.key!r}" if checkpoint.key else ""
-    print(f"{len(layers)} BatchNorm layers in {options.checkpoint}{under}")
+    print(f"{counted(len(layers), 'BatchNorm layer')} in {options.checkpoint}{under}")
     wrong = notes = 0
     for name, running in layers.items():
         prefix = f"{name}." if name else ""
@@ -66,7 +67,7 @@ def _mistakes(running: RunningStats, tracked: object) -> Iterator[str]:
     mean, var = running
     initial = bool((mean == 0).all() and (var == 1).all())
     if isinstance(tracked, Tensor) and tracked.numel() == 1 and not tracked.item():
-        # Statistics that were written without a training are none the worse.
+        # Statistics may have been written without a training: only the initial ones are wrong.
         if initial:
             yield "never updated: num_batches_tracked is 0, every mean 0 and every variance 1"
     elif initial:

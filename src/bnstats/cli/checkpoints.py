@@ -14,6 +14,7 @@ from bnstats import LayerStats, RunningStats
 from bnstats.cli.unpickling import first_line, read
 from bnstats.errors import InvalidValueError, LayerMismatchError, NonFiniteStatisticsError
 from bnstats.recomputation.files import replacing
+from bnstats.traversal import first_names
 
 _KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 """Keys of a checkpoint's state dict: the first that is there is used, unless one is requested.
@@ -96,15 +97,15 @@ class Checkpoint:
         if len(prefixes) > 1:
             raise LayerMismatchError(
                 f"{self._place} has the names of {what} under {len(prefixes)} prefixes: pass "
-                f"--strip-prefix with one of {_first(prefixes)}"
+                f"--strip-prefix with one of {first_names(prefixes)}"
             )
         found = replace(self, prefix=prefixes[0] if prefixes else "")
         missing = [name for name in names if name not in found.unwrapped]
         if missing:
             raise LayerMismatchError(
-                f"{self._place} lacks {_first(missing)} of {what}; it has {_first(self.state)}: "
-                "pass --strip-prefix for what stands before the names"
-                + (f", or --key for one of {_first(self.others)}" if self.others else "")
+                f"{self._place} lacks {first_names(missing)} of {what}; it has "
+                f"{first_names(self.state)}: pass --strip-prefix for what stands before the names"
+                + (f", or --key for one of {first_names(self.others)}" if self.others else "")
             )
         return found
 
@@ -204,13 +205,7 @@ def _state_dicts(content: object, path: str = "", depth: int = 3) -> Iterable[tu
 
 def _found(content: object, dicts: Mapping[str, Any]) -> str:
     if named := [key for key in dicts if key]:
-        return f"state dicts under {_first(named)}: pass one of them as --key"
+        return f"state dicts under {first_names(named)}: pass one of them as --key"
     if isinstance(content, dict):
-        return f"a dict without one, with the keys {_first(content)}"
+        return f"a dict without one, with the keys {first_names(content)}"
     return f"a {type(content).__name__}"
-
-
-def _first(names: Iterable[Any]) -> str:
-    names = [*names]
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

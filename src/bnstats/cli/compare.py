@@ -16,6 +16,7 @@ import torch
 from bnstats import Drift, LayerStats, PopulationStats, RunningStats
 from bnstats.cli.checkpoints import Checkpoint, common_prefixes
 from bnstats.errors import LayerMismatchError
+from bnstats.formatting import counted
 from bnstats.recomputation.drift import compare, table, worst_first
 from bnstats.recomputation.files import is_stats_file
 from bnstats.traversal import first_names
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     """Load both and print a table."""
     other = _load(options.other, options.other_key)
     mine = _aligned(_load(options.file, options.key), other, options)
-    print(f"{len(other)} BatchNorm layers: {options.file} against {options.other}\n")
+    print(f"{counted(len(other), 'BatchNorm layer')}: {options.file} against {options.other}\n")
     if isinstance(other, PopulationStats):
         print(table(other, compare(mine, other)))
     else:

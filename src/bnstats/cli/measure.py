@@ -10,6 +10,7 @@ from bnstats import measure_population_stats
 from bnstats.cli import measuring
 from bnstats.cli.callables import find
 from bnstats.cli.checkpoints import Checkpoint
+from bnstats.formatting import counted
 from bnstats.recomputation.drift import table
 
 
@@ -56,6 +57,6 @@ def run(options: argparse.Namespace) -> None:
         if rank > 0:
             return
         stats.save(options.output)
-    print(f"{len(stats)} BatchNorm layers measured, method {stats.method!r}\n")
+    print(f"{counted(len(stats), 'BatchNorm layer')} measured, method {stats.method!r}\n")
     print(table(stats, stats.drift_from(model)))
     print(f"\nwritten to {options.output}")

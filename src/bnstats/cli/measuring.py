@@ -1,4 +1,4 @@
-"""What ``bnstats recompute`` and ``bnstats measure`` share: options, processes, a model."""
+"""What the commands that run a model share: options, processes, the model."""
 
 from __future__ import annotations
 

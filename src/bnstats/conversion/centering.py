@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnstats.conversion.change import check_writable
+from bnstats.arguments import check_writable
 from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN, change_class, target_class
 from bnstats.errors import InvalidValueError
 from bnstats.layers.centered import CenteredForward, centered
@@ -86,7 +86,7 @@ def plan_folding(model: nn.Module) -> list[Recentering]:
                 f"{where}: expected a weight that is a Parameter to fold the centering into, got "
                 "one that is computed: remove its parametrization, weight norm or pruning first"
             )
-        check_writable(where, weight)
+        check_writable(name, module, [weight])
         changes.append(Recentering(module, target_class(where, module, PLAIN), fold=True))
     return changes
 

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnstats.arguments import check_writable
 from bnstats.conversion.families import (
     CENTERED,
     FAMILIES,
@@ -21,7 +22,7 @@ from bnstats.conversion.families import (
     target_class,
 )
 from bnstats.distributed import is_group
-from bnstats.errors import BnstatsError, InvalidTypeError, InvalidValueError, nearest
+from bnstats.errors import BnstatsError, InvalidTypeError, nearest
 from bnstats.layers.arguments import check_momentum
 from bnstats.layers.base import RunningStatsBatchNorm
 
@@ -82,7 +83,7 @@ def plan(name: str, module: _BatchNorm, to: str, options: dict[str, Any]) -> Cha
     cls = target_class(where, module, to)
     mean = module.running_mean
     if to != PLAIN:
-        check_writable(where, mean)
+        check_writable(name, module, [mean])
     arguments: dict[str, Any] = {
         "eps": module.eps,
         # The layer keeps its own parameters: the donor needs none.
@@ -115,15 +116,6 @@ def _processes(module: _BatchNorm, to: str) -> dict[str, Any]:
     if to == PLAIN:
         return {"process_group": sync if is_group(sync) else None}
     return {"sync": sync}
-
-
-def check_writable(where: str, tensor: Tensor | None) -> None:
-    """Refuse a tensor that no change may be written to."""
-    if tensor is not None and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        raise InvalidValueError(
-            f"{where}: expected tensors that can be written to, got one made under "
-            "torch.inference_mode: load the model outside of it"
-        )
 
 
 def check_options(to: str, options: dict[str, Any]) -> None:

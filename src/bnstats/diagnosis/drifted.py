@@ -30,7 +30,8 @@ class Distance(NamedTuple):
     A mean is off by its shift; a variance off by a factor ``1 + r`` scales the output by half of r.
 
     Attributes:
-        size: root mean square over channels of the shift and half the variance's logarithm.
+        size: root mean square over channels of the shift and half the logarithm of the
+            variances' ratio.
         stderr: the same of their standard errors; NaN where these are not known.
     """
 
@@ -133,7 +134,7 @@ def explain(layer: _BatchNorm, stats: LayerStats) -> Explained:
 
 
 def _num_updates(layer: _BatchNorm) -> int | None:
-    """Return how many batches a layer counted; None where it did not, or is of a time without."""
+    """Return how many batches a layer counted; None where it has no counter, or one of 0."""
     if layer.num_batches_tracked is None:
         return None
     updates = int(layer.num_batches_tracked)

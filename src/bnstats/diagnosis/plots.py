@@ -9,6 +9,7 @@ from torch import nn
 
 from bnstats.diagnosis.record import BatchStatsRecord
 from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.formatting import counted
 from bnstats.recomputation import DriftReport, PopulationStats, Recalibration
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def plot_drift(
 
     Args:
         result: of :func:`bnstats.recompute_population_stats`, for what it has changed; of
-            ``stats.drift_from(model)``; or the statistics themselves, together with
-        model: the model whose running statistics are compared with them.
+            ``stats.drift_from(model)``; or the statistics themselves, with a model.
+        model: with PopulationStats only: the model whose running statistics are compared with them.
         worst: the most layers to draw, by their mean KL divergence.
 
     Returns:
@@ -169,7 +170,7 @@ def _title(report: DriftReport, names: list[str]) -> str:
         layers = "1 layer" if total == 1 else f"all {total} layers"
     title = f"running against population statistics, {layers}"
     if dead := sum(int(report.population[name].dead.sum()) for name in names):
-        title += f", {dead} dead channel{'s' if dead > 1 else ''}"
+        title += f", {counted(dead, 'dead channel')}"
     return title
 
 

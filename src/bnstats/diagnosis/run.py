@@ -30,10 +30,10 @@ from bnstats.recomputation import (
     RunningStats,
     measure_population_stats,
 )
-from bnstats.recomputation.arguments import check_loader
 from bnstats.recomputation.batches import default_device
 from bnstats.recomputation.forwards import Forward
-from bnstats.traversal import first_names, named_batchnorms, no_batchnorm, unwrap
+from bnstats.recomputation.loaders import check_loader
+from bnstats.traversal import first_names, modes_kept, named_batchnorms, no_batchnorm, unwrap
 
 
 def diagnose(
@@ -135,14 +135,10 @@ def _diagnosis(name: str, *evidence: str, **more: Any) -> Diagnosis:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode: no layer of it counts as frozen, and metrics evaluate."""
-    training = [(module, module.training) for module in model.modules()]
-    for module, _ in training:
-        module.training = False
-    try:
+    with modes_kept(model):
+        for module in model.modules():
+            module.training = False
         yield
-    finally:
-        for module, was_training in training:
-            module.training = was_training
 
 
 _NOT_MEASURED = (NonFiniteStatisticsError, TooFewValuesError)

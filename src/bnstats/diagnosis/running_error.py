@@ -76,6 +76,9 @@ def estimate_running_error(
             average, which do not determine the spread of single batches.
         InvalidTypeError: not PopulationStats.
 
+    Warns:
+        BnstatsWarning: a momentum above 0.5, which is the weight of the new batch.
+
     Example:
         >>> import torch, bnstats
         >>> loader = torch.randn(6400, 2).split(32)

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from bnstats.errors import InvalidTypeError, InvalidValueError, nearest
 from bnstats.private import apart_from_other_readers
 from bnstats.recomputation import Recalibration, recompute_population_stats
-from bnstats.traversal import Include, is_average
+from bnstats.traversal import Include, is_average, modes_kept
 
 DEFAULTS = {"max_batches": 200, "tolerance": 0.01}
 """At most as many batches as fvcore and detectron2 take, and fewer where fewer are enough."""
@@ -53,7 +53,7 @@ class Recalibrator:
         known = [*inspect.signature(recompute_population_stats).parameters][2:]
         for name in options:
             if name not in known:
-                raise InvalidValueError(
+                raise InvalidTypeError(
                     f"RecalibrateBatchNorm has no option {name!r}; the nearest is "
                     f"{nearest(name, known)!r}"
                 )
@@ -123,14 +123,10 @@ class Recalibrator:
     @contextmanager
     def _modes_of_training(self, model: nn.Module) -> Iterator[None]:
         """Put the modules back to the modes that they train in, while a trainer validates."""
-        modes = [(module, module.training) for module in model.modules()]
-        try:
+        with modes_kept(model):
             for module, mode in self._modes:
                 module.training = mode
             yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
     def _is_due(self, epochs: int, *, ends: bool) -> bool:
         """Whether to recalibrate after this many epochs; always where the training ends."""

@@ -21,6 +21,7 @@ from bnstats.errors import InvalidValueError
 
 try:
     from bnstats.layers.batch_norm_act import (
+        FAMILIES,
         CumulativeBatchNormAct2d,
         EMABatchNormAct2d,
         MovingAverageBatchNormAct2d,
@@ -61,7 +62,7 @@ def norm_act_layer(to: str, **options: Any) -> Callable[..., nn.Module]:
     """
     cls = None if to == "plain" else activated(to)
     if cls is None:
-        expected = "ema, cumulative, moving_average, renorm"
+        expected = ", ".join(family for family in FAMILIES if family != "plain")
         raise InvalidValueError(f"to: expected one of {expected}, got {to!r}")
 
     # A function, not a class or a partial: timm looks up what classes stand for by their names.

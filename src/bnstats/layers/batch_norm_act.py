@@ -95,7 +95,7 @@ class RenormBatchNormAct2d(Activated, BatchNormAct2d, RenormBatchNorm2d):
     _family = RenormBatchNorm2d
 
 
-_FAMILIES: dict[str, type[nn.Module]] = {
+FAMILIES: dict[str, type[nn.Module]] = {
     "plain": BatchNormAct2d,
     "ema": EMABatchNormAct2d,
     "cumulative": CumulativeBatchNormAct2d,
@@ -106,4 +106,4 @@ _FAMILIES: dict[str, type[nn.Module]] = {
 
 def activated(to: str) -> type[nn.Module] | None:
     """Return what timm's ``BatchNormAct2d`` and ``SyncBatchNormAct`` become in a family."""
-    return _FAMILIES.get(to)
+    return FAMILIES.get(to)

@@ -75,9 +75,10 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
         three keys more than a plain one; ``revert_batchnorm`` takes them away.
 
     Raises:
-        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], or
-            an input of the wrong shape.
+        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], an
+            input or a mask of the wrong shape, or a training batch of one value per channel.
         InvalidTypeError: an argument that is not a number.
+        PeerError: with ``sync``, a forward failed in another process.
 
     Example:
         >>> import torch

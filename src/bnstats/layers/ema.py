@@ -59,9 +59,10 @@ class EMABatchNorm(RunningStatsBatchNorm):
         pooled: count the variance between batches.
 
     Raises:
-        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], or
-            an input of the wrong shape.
+        InvalidValueError: num_features below 1, eps not positive, momentum outside [0, 1], an
+            input or a mask of the wrong shape, or a training batch of one value per channel.
         InvalidTypeError: an argument that is not a number.
+        PeerError: with ``sync``, a forward failed in another process.
 
     Note:
         ``num_batches_tracked`` is the t above. A checkpoint from before torch 0.4.1 has none

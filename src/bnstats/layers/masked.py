@@ -21,10 +21,10 @@ def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Ite
     """Let padding count for nothing in the batch statistics of a model's layers.
 
     In training forwards inside the context, batch statistics, their gradients, running
-    statistics and windows are those of the valid positions alone. Every position is normalized,
-    and in evaluation a mask has no effect. Masks do not change what other layers do: a
-    convolution reads padding beside valid positions, so set padding to 0 before each of them if
-    valid outputs are not to depend on it.
+    statistics and windows are those of the valid positions alone. Every position is normalized.
+    In evaluation, where running statistics normalize, a mask has no effect. Masks do not change
+    what other layers do: a convolution reads padding beside valid positions, so set padding to 0
+    before each of them if valid outputs are not to depend on it.
 
     Contexts nest, the inner mask counts, and may end in any order. A backward may come after the
     context, also where activation checkpointing runs a forward again there: it gets the mask that

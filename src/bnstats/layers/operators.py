@@ -75,8 +75,8 @@ def register(
 def opaque(operator: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the operator where something sees each operator of torch's, else its function.
 
-    An export keeps torch's operators, so that it runs where bnstats is not. So does functionalize
-    what writes to its arguments.
+    An export keeps torch's operators, so that it runs where bnstats is not. So does functionalize,
+    which takes no operator of others that writes to its arguments.
     """
     if torch.compiler.is_compiling():
         return function if is_exporting() else operator

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bnstats.distributed import Peers, is_group
+from bnstats.distributed import Peers, check_group
 from bnstats.errors import InvalidTypeError, InvalidValueError, PeerError
 from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.layers.recall import Recall
@@ -32,7 +32,8 @@ class Replicas(Referable):
 
     def __init__(self, sync: ProcessGroup | bool, where: str = "sync") -> None:
         super().__init__()
-        _check_sync(sync, where)
+        if sync is not True:
+            check_group(where, sync, "None, True or a process group")
         self.sync: ProcessGroup | bool = sync
         self._group = None if isinstance(sync, bool) else sync
         self._exchanges = Recall()
@@ -129,16 +130,6 @@ def check_tensor(where: str, input: Any, device: torch.device | None) -> None:
             f"{where}: expected an input on the layer's device {device}, got one on "
             f"{input.device}: pass input.to({str(device)!r})"
         )
-
-
-def _check_sync(sync: Any, where: str) -> None:
-    if sync is True or is_group(sync):
-        return
-    if isinstance(sync, int) and not isinstance(sync, bool):  # new_group's result for others
-        raise InvalidValueError(f"{where}: this process is not a member of the group")
-    raise InvalidTypeError(
-        f"{where}: expected None, True or a process group, got {type(sync).__name__}"
-    )
 
 
 def _replicas(reference: Tensor) -> Replicas:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnstats.errors import InvalidValueError, NonFiniteStatisticsError
+from bnstats.formatting import counted
 from bnstats.moments import Moments
 from bnstats.recomputation.batches import BatchCounts, Reader
 from bnstats.recomputation.estimators import Estimate, Estimator
@@ -100,7 +101,7 @@ class Collector:
         self._moments, self._threads = {}, {}
 
     def _batch(self) -> tuple[list[LayerMoments], Tensor]:
-        """Return each layer's moments, and all means and sums of squares end to end."""
+        """Return each layer's moments, and all means and m2 end to end."""
         unseen = zip(self.layers, self._zeros.split(self._channels), strict=True)
         moments = [self._moments.get(x, LayerMoments(0, zeros, zeros)) for x, zeros in unseen]
         flat = torch.cat([x.mean for x in moments] + [x.m2 for x in moments])
@@ -157,7 +158,8 @@ class Collector:
         names = [x.name for x, moments in self._moments.items() if not moments.is_finite()]
         raise NonFiniteStatisticsError(
             f"batch {self._num_batches} (counted from 0) has non-finite statistics in "
-            f"{len(names)} layers, the first '{names[0]}', all: {', '.join(map(repr, names))}; "
+            f"{counted(len(names), 'layer')}, the first '{names[0]}', all: "
+            f"{', '.join(map(repr, names))}; "
             'repair the data or pass on_nonfinite="skip"; the model is as it was'
         )
 

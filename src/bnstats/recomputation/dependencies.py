@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bnstats.private import TorchDispatchMode, is_mutable, tree_leaves
 from bnstats.recomputation.collector import Collector
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.task import Task
@@ -158,7 +157,7 @@ class Dataflow(TorchDispatchMode):
             self.read_by_host(sources)
         if operator.__name__.removeprefix("new_").startswith(_FILLED_LATER):
             sources = self._all
-        changed = given if operator._schema.is_mutable else []
+        changed = given if is_mutable(operator) else []
         for leaf in [*results, *changed]:
             if isinstance(leaf, Tensor):
                 self._marks[self._key(leaf)] = sources | self._read_by_host

@@ -93,7 +93,7 @@ class _LayerwisePass:
     def __init__(self, task: Task, reader: Reader) -> None:
         self._task = task
         self._reader = reader
-        # The device of a GPU is kept busy by one. On CPU, forwards with one thread each beat one
+        # One forward keeps a GPU busy. On CPU, forwards with one thread each beat one
         # forward with many, and one more than threads computes where another waits for Python's
         # lock. Who allows a single thread wants no second core used.
         cores = torch.get_num_threads() if task.like.device.type == "cpu" else 1

@@ -30,7 +30,7 @@ from bnstats.recomputation.exclusive import exclusively
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
-from bnstats.traversal import num_features
+from bnstats.traversal import modes_kept, num_features
 
 
 class LayerMoments(NamedTuple):
@@ -217,8 +217,7 @@ def observed(
     The layers' own buffers are never written to: copies take their place meanwhile.
     """
     layers = list(layers)
-    with exclusively(model):
-        training = [(module, module.training) for module in model.modules()]
+    with exclusively(model), modes_kept(model):
         buffers = [(x, x.running_mean, x.running_var) for x in layers]
 
         def checked(layer: ObservedLayer, input: Tensor) -> None:
@@ -226,7 +225,7 @@ def observed(
             on_input(layer, input)
 
         try:
-            for module, _ in training:
+            for module in model.modules():
                 module.training = False
             for layer in layers:
                 # A layer that is reached without its hooks is then what it is in evaluation.
@@ -237,8 +236,6 @@ def observed(
             for layer, mean, var in buffers:
                 layer.module.running_mean, layer.module.running_var = mean, var
                 layer.stand_ins.clear()
-            for module, was_training in training:
-                module.training = was_training
 
 
 @contextmanager

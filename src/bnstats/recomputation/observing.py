@@ -46,13 +46,14 @@ def observe(
     this traffic is from what the model normalizes with; :func:`recompute_population_stats` with
     ``method="layerwise"`` finds statistics that agree with what they bring about.
 
-    The standard errors come from the spread between forwards of the model; where parts of it are
-    called by themselves, between runs of them until a layer comes again. A forward with a value
-    that is not finite counts for no layer, and neither does one that fails. Of activation
-    checkpointing's two forwards the first counts.
+    The standard errors come from the spread between forwards of the model. If only parts of it are
+    called, a forward ends where a layer runs again. A forward with a value that is not finite
+    counts for no layer, and neither does one that fails. Of activation checkpointing's two
+    forwards the first counts.
 
-    Any number of contexts may be open, in several threads. A forward costs two more passes over
-    each layer's input; ``benchmarks/results/cpu/observe.md`` has it for a ResNet-50.
+    Any number of contexts may be open, in several threads. A forward reads each layer's input
+    twice more, for its sum and its squares; ``benchmarks/results/cpu/observe.md`` has it for a
+    ResNet-50.
 
     Args:
         model: any Module; wrappers are seen through. Inside the context compiled parts run

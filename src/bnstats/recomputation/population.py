@@ -109,11 +109,15 @@ class PopulationStats(Mapping[str, LayerStats]):
         Layers of the model that are not named here keep theirs, and so does every counter.
 
         Raises:
-            LayerMismatchError: a layer is not in the model, or has other channels; nothing is
-                written.
+            LayerMismatchError: a layer is not in the model, or has other channels.
+            NonFiniteStatisticsError: a half buffer cannot hold a value.
+            InvalidValueError: buffers on the meta device, or made in inference mode.
+
+        After an error nothing is written.
         """
         layers = layers_of(self, model)
-        check_writable(layers)
+        for name, layer in layers.items():
+            check_writable(name, layer, layer.buffers(recurse=False))
         write_all(layers, self, {name: RunningStats.of(layer) for name, layer in layers.items()})
 
     def drift_from(self, model: nn.Module) -> DriftReport:
@@ -137,6 +141,7 @@ class PopulationStats(Mapping[str, LayerStats]):
         nothing.
 
         Raises:
+            InvalidTypeError: not PopulationStats.
             InvalidValueError: not both are pooled: averages over batches do not merge.
             LayerMismatchError: there is no layer in common, or one has other channels or another
                 correction in the other.

@@ -38,8 +38,8 @@ class Prior:
         if not isinstance(source, PopulationStats):
             raise InvalidTypeError(
                 "prior: expected PopulationStats of the training data, got "
-                f"{type(source).__name__}; measure_population_stats returns them, "
-                "PopulationStats.load reads a file of them, and a Recalibration has them in .after"
+                f"{type(source).__name__}; measure_population_stats(model, train_loader) returns "
+                "them, and PopulationStats.load reads a file of them"
             )
         for layer in layers:
             self._check(layer)

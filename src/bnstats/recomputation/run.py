@@ -122,7 +122,7 @@ def recompute_population_stats(
         include: ``include(name, module) -> bool`` chooses layers; the others normalize as in
             evaluation. It is also asked for modules of other classes that have a BatchNorm's
             running statistics, as torchvision's FrozenBatchNorm2d; by default these keep theirs.
-        correction: 1 for unbiased variances, 0 for biased ones.
+        correction: 1 for unbiased variances, 0 for biased; with a prior, or about zero, always 0.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
             layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
             it is not finite: earlier ones have counted it).

@@ -56,7 +56,7 @@ def _exactly(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_moments_of_samples(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each sample's number of valid values (N, 1), mean and sum of squares (N, C)."""
+    """Return each sample's number of valid values (N, 1), mean and squared deviations (N, C)."""
     wide, axes = wide_dtype(x.device), list(range(2, x.dim()))
     x = x.to(accumulator(x))
     count = mask.expand(x.shape[0], 1, *x.shape[2:]).flatten(1).sum(1, keepdim=True).to(wide)

@@ -16,10 +16,10 @@ from bnstats.distributed import Peers, communicates, is_dtensor
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
-from bnstats.recomputation.arguments import check_loader
 from bnstats.recomputation.batches import Reader, default_device
 from bnstats.recomputation.estimators import Estimator, Pooled
 from bnstats.recomputation.forwards import BatchForward, DefaultForward, MaskedForward
+from bnstats.recomputation.loaders import check_loader
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.options import Options, check_options
 from bnstats.recomputation.population import PopulationStats
@@ -223,7 +223,8 @@ def choose_layers(
     check_sharding(model, chosen, method)
     check_own_statistics(chosen)
     if options.writes:
-        check_writable({layer.name: layer.module for layer in chosen})
+        for layer in chosen:
+            check_writable(layer.name, layer.module, layer.module.buffers(recurse=False))
     return chosen, frozen
 
 
