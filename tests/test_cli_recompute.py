@@ -38,6 +38,15 @@ def one_batch():
 def sized(size, *, width=4):
     return nn.Linear(size, width)
 
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.backbone = nn.Sequential(self.stem, nn.ReLU(), nn.BatchNorm1d(4))
+
+    def forward(self, x):
+        return self.backbone(x)
+
 def no_model():
     return "a model"
 
@@ -95,6 +104,22 @@ def test_the_output_has_the_population_statistics_and_all_else_as_it_was(here, c
     assert sorted(p.name for p in here.iterdir() if p.is_file()) == [
         "in.pt", "job.py", "out.pt", "stats.npz",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.usefixtures("here")
+def test_a_layer_of_two_names_is_written_under_both(prefix):
+    sys.path.insert(0, os.getcwd())
+    model = job().Shared()
+    state = model.state_dict()
+    torch.save({f"{prefix}{key}": value.clone() for key, value in state.items()}, "in.pt")
+    assert recompute("--no-progress", model="job:Shared") == 0
+    bnstats.recompute_population_stats(model, job().loader())
+    written = torch.load("out.pt")
+    assert written.keys() == {f"{prefix}{key}" for key in state}
+    for key, value in model.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(written[f"{prefix}{key}"], value)
 
 
 @pytest.mark.parametrize(

@@ -332,3 +332,20 @@ def test_a_loader_that_has_to_be_called_is_told_so():
         recompute(network(), images)
     with pytest.raises(InvalidTypeError, match=r"got Tensor; one batch .* \[batch\]"):
         recompute(network(), images()[0])
+
+
+def test_statistics_that_are_parameters_are_refused_by_their_layer():
+    layer = nn.BatchNorm1d(3)
+    for name in ("running_mean", "running_var"):
+        value = getattr(layer, name)
+        delattr(layer, name)
+        setattr(layer, name, nn.Parameter(value, requires_grad=False))
+    model, data = nn.Sequential(layer), [torch.randn(8, 3)]
+    for call in (
+        partial(recompute, model, data),
+        partial(bnstats.diagnose, model, data),
+        partial(bnstats.hold_statistics, model),
+        partial(convert, model, "ema"),
+    ):
+        with pytest.raises(InvalidTypeError, match=r"layer '0' .*buffers, got parameters"):
+            call()

@@ -127,6 +127,14 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
     return layers
 
 
+def names_of_modules(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of each module, by the first, which is the one that results have."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {found[0]: found for found in names.values()}
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Let modules be set to training or evaluation; on leaving, each has its mode again."""
@@ -193,7 +201,12 @@ def first_names(names: Collection[object]) -> str:
 
 
 def check_materialized(name: str, module: nn.Module) -> None:
-    """Refuse a lazy layer whose number of features is not known yet."""
+    """Refuse a lazy layer whose features are not known yet, and statistics that are parameters."""
+    if isinstance(getattr(module, "running_mean", None), nn.Parameter):
+        raise InvalidTypeError(
+            f"layer '{name}' ({type(module).__name__}): expected running statistics that are "
+            "buffers, got parameters: use register_buffer, as nn.BatchNorm does"
+        )
     unready = getattr(module, "has_uninitialized_params", None)
     if unready is not None and unready():
         raise InvalidTypeError(

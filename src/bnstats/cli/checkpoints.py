@@ -14,7 +14,7 @@ from bnstats import LayerStats, RunningStats
 from bnstats.cli.unpickling import first_line, read
 from bnstats.errors import InvalidValueError, LayerMismatchError, NonFiniteStatisticsError
 from bnstats.recomputation.files import replacing
-from bnstats.traversal import first_names
+from bnstats.traversal import first_names, names_of_modules
 
 _KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema")
 """Keys of a checkpoint's state dict: the first that is there is used, unless one is requested.
@@ -141,16 +141,20 @@ class Checkpoint:
                 stats[name.removesuffix(".")] = RunningStats(mean, var)
         return stats
 
-    def replace(self, stats: Mapping[str, LayerStats]) -> None:
+    def replace(self, stats: Mapping[str, LayerStats], model: nn.Module) -> None:
         """Put population statistics in the place of the running ones; nothing else changes.
+
+        A layer that the model has under several names is in the checkpoint under each.
 
         Raises:
             NonFiniteStatisticsError: the checkpoint's dtype cannot hold them.
         """
-        new = {}
-        for name, layer in stats.items():
-            for suffix, value in ((_MEAN, layer.mean), (_VAR, layer.var)):
-                key = (self.prefix or "") + (f"{name}{suffix}" if name else suffix[1:])
+        new: dict[str, Tensor] = {}
+        names = names_of_modules(model)
+        places = [(place, name) for name in stats for place in names.get(name, [name])]
+        for place, name in places:
+            for suffix, value in ((_MEAN, stats[name].mean), (_VAR, stats[name].var)):
+                key = (self.prefix or "") + (f"{place}{suffix}" if place else suffix[1:])
                 dtype = self.state[key].dtype
                 new[key] = value.to(dtype)
                 if not dtype.is_floating_point or new[key].isinf().any():

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         )  # fmt: skip
         if rank > 0:
             return
-        checkpoint.replace(result.after)
+        checkpoint.replace(result.after, model)
         stats = options.stats
         # The checkpoint takes its place when the statistics have taken theirs.
         checkpoint.save(options.output, lambda: result.after.save(stats) if stats else None)
