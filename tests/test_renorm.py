@@ -1,5 +1,6 @@
 """RenormBatchNorm trains with what it evaluates with, from the end of its warm-up on."""
 
+import contextlib
 import copy
 
 import pytest
@@ -156,6 +157,35 @@ def test_a_forward_that_runs_again_gets_the_r_and_d_that_it_had(use_reentrant):
         torch.testing.assert_close(mine.grad, theirs.grad)
     for mine, theirs in zip(layer.buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_one_batch_that_goes_through_twice_gets_each_forwards_own_r_and_d(held):
+    # As in R-Drop and consistency losses.
+    net = nn.Sequential(
+        nn.Linear(4, 8), make(num_features=8, momentum=0.3, **OPEN), nn.Dropout(0.3)
+    ).double()
+    for x in batches((16, 4), count=5, dtype=torch.float64):
+        net(x)
+    twin, x = copy.deepcopy(net), torch.randn(16, 4, dtype=torch.float64)
+
+    def gradients(model, run):
+        torch.manual_seed(0)
+        first = run(model)
+        with bnstats.hold_statistics(model) if held else contextlib.nullcontext():
+            second = run(model)
+        ((first - second).square().sum() + first.pow(3).sum()).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients(twin, lambda model: model(x))
+    found = gradients(net, lambda model: checkpoint(model, x, use_reentrant=False))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_input_of_another_dtype_is_refused_as_batchnorm_refuses_it():
+    layer = bnstats.RenormBatchNorm1d(3, **OPEN)
+    with pytest.raises(InvalidTypeError, match=r"expected an input of torch.float32 .*float64"):
+        layer(torch.randn(8, 3, dtype=torch.float64))
 
 
 def test_a_forward_too_long_ago_to_be_run_again_is_an_error():

@@ -190,7 +190,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
         return Batch(valid, replicas, where if given is None else given.where)
 
     def _check_dtype(self, input: Tensor) -> None:
-        """Refuse what torch's kernel would not take once the processes have exchanged moments."""
+        """Refuse what torch's kernel would not take once the moments are there."""
         wide = input.dtype if self.weight is None else self.weight.dtype
         wide = torch.float32 if wide in HALF else wide
         check_dtype(f"{type(self).__name__}({self.num_features})", input, wide)
@@ -254,7 +254,9 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
 
     def _forward_batch(self, input: Tensor, batch: Batch, *, tracks: bool = False) -> Tensor:
         """Normalize by the values that a mask leaves, and by those of other processes."""
-        if batch.replicas is not None and not torch.compiler.is_compiling():
+        if batch.replicas is None:  # else it was checked before the exchange
+            self._check_dtype(input)
+        elif not torch.compiler.is_compiling():
             check_reverse_mode(type(self).__name__)
         dtype = torch.float32 if input.dtype in HALF else input.dtype
         count: int | Tensor

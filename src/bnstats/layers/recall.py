@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,14 @@ are equal to the bit; some kernels add up in an order that varies."""
 REMEDY = f"run backward at most {REMEMBERED} forwards later"
 
 
+@dataclass
+class _Forward:
+    key: Tensor
+    value: Tensor
+    waits: Tensor | None = None
+    """Whether it is yet to run again, of shape (); None until the first one ran again."""
+
+
 class Recall(Referable):
     """A value for each of the last forwards, by a vector that identifies the forward's batch.
 
@@ -36,7 +45,7 @@ class Recall(Referable):
     def __init__(self, before: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self._before = before
-        self._forwards: deque[tuple[Tensor, Tensor]] = deque(maxlen=REMEMBERED)
+        self._forwards: deque[_Forward] = deque(maxlen=REMEMBERED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recall:
         return Recall(self._before)
@@ -47,27 +56,29 @@ class Recall(Referable):
     @property
     def last(self) -> Tensor | None:
         """The value of the latest forward."""
-        return self._forwards[-1][1] if self._forwards else None
+        return self._forwards[-1].value if self._forwards else None
 
     def remember(self, key: Tensor, value: Tensor) -> None:
         """Keep the value of a forward."""
-        self._forwards.append((key, value))
+        self._forwards.append(_Forward(key, value))
 
     def begins_after(self, key: Tensor) -> bool:
         """Ask, on the host, whether a forward came before all that were ever remembered."""
         if len(self._forwards) == REMEMBERED:
             return False
         limit = SAME * torch.linalg.vector_norm(key)
-        return all(torch.linalg.vector_norm(own - key) > limit for own, _ in self._forwards)
+        return all(torch.linalg.vector_norm(x.key - key) > limit for x in self._forwards)
 
     def find(self, key: Tensor) -> Tensor:
-        """Return the value of the latest forward with this key; of one not finite NaN.
+        """Return the value of the forward with this key; of one not finite NaN.
+
+        Of several, it is the latest that is yet to run again: a backward takes the latest first.
 
         Raises:
             InvalidValueError: the forward is too long ago; where the host does not wait for the
                 device, NaN comes of it.
         """
-        known = [pair for pair in reversed(self._forwards) if pair[0].shape == key.shape]
+        known = [x for x in reversed(self._forwards) if x.key.shape == key.shape]
         before = None
         if self._before is not None and len(self._forwards) < REMEMBERED:
             before = torch.stack([torch.full_like(key, row) for row in self._before])
@@ -75,11 +86,16 @@ class Recall(Referable):
             if before is None:
                 raise too_long_ago(REMEMBERED, REMEDY)
             return before
-        keys, values = (torch.stack(column) for column in zip(*known, strict=True))
+        keys, values = torch.stack([x.key for x in known]), torch.stack([x.value for x in known])
+        waits = torch.stack(
+            [key.new_ones((), dtype=torch.bool) if x.waits is None else x.waits for x in known]
+        )
         # Channels that are not finite do not help to identify the batch.
         norm = partial(torch.linalg.vector_norm, dim=-1)
         distance = norm(_finite(keys - key))
-        index = distance.argmin().view(1)
+        index = ((distance == distance.min()) * (1 + waits.int())).argmax().view(1)
+        for place, forward in enumerate(known):
+            forward.waits = waits[place] & (index[0] != place)
         found = distance[index] <= SAME * norm(_finite(key))
         if on_host(key) and before is None and not found and key.isfinite().all():
             raise too_long_ago(REMEMBERED, REMEDY)
