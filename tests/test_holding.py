@@ -458,6 +458,23 @@ def test_conversion_in_the_context_leaves_nothing_behind(to):
     assert all(getattr(m, "track_running_stats", True) is True for m in model.modules())
 
 
+@pytest.mark.filterwarnings("ignore:the model will evaluate differently")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("to", [None, "ema", "cumulative", "moving_average", "renorm"])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, bnstats.EMABatchNorm1d])
+def test_a_layer_that_is_converted_in_the_context_stays_held(make, to, checkpointed):
+    model, (x,) = network(make), inputs()
+    with bnstats.hold_statistics(model), bnstats.hold_statistics(model):
+        convert = bnstats.revert_batchnorm if to is None else bnstats.convert_batchnorm
+        convert(model, *([] if to is None else [to]))
+        before = buffers(model)
+        run = functools.partial(checkpoint, model) if checkpointed else lambda x, **_: model(x)
+        run(x, use_reentrant=False).sum().backward()
+        assert not moved(model, before)
+    model(x)
+    assert moved(model, before)
+
+
 def test_moving_a_held_layer_keeps_it_held():
     model = network(functools.partial(bnstats.MovingAverageBatchNorm1d, **SHORT))
     with bnstats.hold_statistics(model):

@@ -115,12 +115,27 @@ def _release(layer: nn.Module) -> None:
                 end()
 
 
+@contextmanager
+def held_anew(layer: nn.Module) -> Iterator[None]:
+    """Let a layer change its class: classes are held in different ways."""
+    with _lock:
+        ends = _held.get(layer, [])
+        if ends:
+            ends[0]()
+        try:
+            yield
+        finally:
+            if ends:
+                ends[:] = [_start(layer)] * len(ends)
+
+
 def _start(layer: nn.Module) -> Callable[[], None]:
     """Hold a layer, and return what ends it."""
     # Any layer may have the method; this package's have.
     if hasattr(layer, "hold_running_stats"):
-        layer.hold_running_stats(True)  # type: ignore[operator]
-        return partial(_let_go, layer)
+        hold: Callable[[bool], None] = layer.hold_running_stats  # type: ignore[assignment]
+        hold(True)
+        return partial(hold, False)
     copies = _copies.get(layer) or BufferCopies(layer)
     copies.held = True
     tracks = getattr(layer, "track_running_stats", None)
@@ -133,13 +148,6 @@ def _start(layer: nn.Module) -> Callable[[], None]:
         copies.release()
 
     return end
-
-
-def _let_go(layer: nn.Module) -> None:
-    if hasattr(layer, "hold_running_stats"):
-        layer.hold_running_stats(False)  # type: ignore[operator]
-    else:  # reverted to torch's class meanwhile
-        vars(layer).pop("_held", None)
 
 
 class _Untracked:

@@ -23,6 +23,7 @@ from bnstats.conversion.families import (
 )
 from bnstats.distributed import is_group
 from bnstats.errors import BnstatsError, InvalidTypeError, nearest
+from bnstats.holding import held_anew
 from bnstats.layers.arguments import check_momentum
 from bnstats.layers.base import RunningStatsBatchNorm
 
@@ -46,6 +47,10 @@ class Change:
     @torch.no_grad()
     def apply(self) -> None:
         """Change the layer."""
+        with held_anew(self.module):
+            self._apply()
+
+    def _apply(self) -> None:
         module, donor = self.module, self.donor
         if self._starts_anew():
             for name in _additions(family_of(module)):
