@@ -1,5 +1,7 @@
 """What a recalibration refuses, and what it says."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -66,3 +68,25 @@ def test_misuse_says_what_was_expected_and_what_came(arguments, error, says):
                 arguments["loader"],
                 **{k: v for k, v in arguments.items() if k not in ("model", "loader")},
             )
+
+
+class PseudoLabels:
+    """Batches of what the model is sure of, chosen while they are read."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __iter__(self):
+        for x in torch.randn(4, 16, 3):
+            yield x[self.model(x).amax(1) > 0]
+
+
+@pytest.mark.parametrize("method", ["pooled", "batch_average", "ema", "layerwise", "sweeps"])
+def test_a_loader_that_runs_the_measured_model_is_refused_and_a_copy_is_not(method):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).eval()
+    before = snapshot(model)
+    with pytest.raises(InvalidValueError, match=r"layer '1': the loader runs the model .*deepcopy"):
+        bnstats.recompute_population_stats(model, PseudoLabels(model), method=method)
+    assert_untouched(model, before)
+    loader = PseudoLabels(copy.deepcopy(model))
+    bnstats.recompute_population_stats(model, loader, method=method)

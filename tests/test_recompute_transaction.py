@@ -184,3 +184,32 @@ def test_undo_of_a_layer_that_has_lost_its_statistics_says_so_and_writes_nothing
     with pytest.raises(InvalidValueError, match=r"undo: layer '5' .*running_mean"):
         result.undo()
     assert torch.equal(model[1].running_mean, before)
+
+
+TRAINING = {
+    "by forward": lambda model, x: model.train()(x),
+    "layers alone": lambda model, x: ([m.train() for m in model.children()], model(x))[1],
+}
+
+
+@pytest.mark.parametrize("forward", TRAINING.values(), ids=TRAINING)
+@pytest.mark.parametrize("family", ["plain", "ema", "cumulative", "moving_average", "renorm"])
+@pytest.mark.parametrize("method", ["pooled", "layerwise", "sweeps"])
+def test_a_forward_that_switches_to_training_mode_moves_nothing(method, family, forward):
+    data = list(torch.randn(4, 16, 4) * 3 + 1)
+    parts = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Linear(3, 3), nn.BatchNorm1d(3)
+    model = nn.Sequential(*parts)
+    if family != "plain":
+        bnstats.convert_batchnorm(model, family)
+    for x in data:
+        model(x)
+    expected = bnstats.measure_population_stats(model.eval(), data, method=method)
+    before = snapshot(model)
+    options = {"forward": forward, "method": method}
+    found = bnstats.measure_population_stats(model, data, **options)
+    for name, stats in expected.items():
+        torch.testing.assert_close(found[name].var, stats.var)
+    # Layers that are not measured move nothing either.
+    only_last = {"include": lambda name, _: name == "4"}
+    bnstats.measure_population_stats(model, data, **options, **only_last)
+    assert_untouched(model, before)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bnstats.private import apart_from_other_readers
+from bnstats.recomputation.exclusive import reading
 
 
 class Reader:
@@ -65,7 +66,8 @@ class Reader:
     def read(self, until: float = math.inf) -> Iterator[Any]:
         """Yield batches until this many have been read in all, or there are no more."""
         while self.num_read < until:
-            batch = self._call(next, self._batches, _NO_MORE)
+            with reading():
+                batch = self._call(next, self._batches, _NO_MORE)
             if batch is _NO_MORE:
                 self.exhausted = True
                 return

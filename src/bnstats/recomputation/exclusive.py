@@ -1,14 +1,37 @@
-"""One measurement of a model at a time."""
+"""One use of a model at a time: one measurement, and no forward of the loader's own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from threading import Lock
 
 from torch import nn
 
 from bnstats.errors import InvalidValueError
+
+_reading: ContextVar[bool] = ContextVar("reading", default=False)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Mark that this thread takes a batch from the loader."""
+    token = _reading.set(True)
+    try:
+        yield
+    finally:
+        _reading.reset(token)
+
+
+def check_not_of_loader(name: str) -> None:
+    """Refuse a forward that the loader runs: it is no data, and would see other statistics."""
+    if _reading.get():
+        raise InvalidValueError(
+            f"layer '{name}': the loader runs the model that is being measured: make the batches "
+            "before, list(loader), or let the loader run a copy.deepcopy of the model"
+        )
+
 
 _measured: set[nn.Module] = set()
 _lock = Lock()

@@ -9,12 +9,10 @@ SyncBatchNorm on CPU and batches of one value per channel included.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +24,8 @@ from bnstats.hooks import Hook, given_input
 from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
-from bnstats.recomputation.exclusive import exclusively
+from bnstats.recomputation.eager import eager
+from bnstats.recomputation.exclusive import check_not_of_loader, exclusively
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
@@ -222,6 +221,7 @@ def observed(
 
         def checked(layer: ObservedLayer, input: Tensor) -> None:
             layer.check_stand_ins()
+            check_not_of_loader(layer.name)
             on_input(layer, input)
 
         try:
@@ -230,12 +230,32 @@ def observed(
             for layer in layers:
                 # A layer that is reached without its hooks is then what it is in evaluation.
                 layer.stand_in(layer.running_mean.clone(), layer.running_var.clone())
-            with hooked(layers, checked), torch.no_grad(), eager():
+            with (
+                kept_in_evaluation(model, layers),
+                hooked(layers, checked),
+                torch.no_grad(),
+                eager(),
+            ):
                 yield
         finally:
             for layer, mean, var in buffers:
                 layer.module.running_mean, layer.module.running_var = mean, var
                 layer.stand_ins.clear()
+
+
+@contextmanager
+def kept_in_evaluation(model: nn.Module, layers: Iterable[ObservedLayer]) -> Iterator[None]:
+    """Let BatchNorm layers evaluate, also where a forward puts the model into training mode."""
+
+    def evaluate(module: nn.Module, _: object) -> None:
+        module.training = False
+
+    chosen = {layer.module for layer in layers}
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm) or module in chosen:
+                stack.callback(module.register_forward_pre_hook(Hook(evaluate)).remove)
+        yield
 
 
 @contextmanager
@@ -263,33 +283,3 @@ def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
             layer.unread[:] = [x.shape]
 
     return hook
-
-
-_stance = ExitStack()
-"""Holds the compiler's stance while a context wants it."""
-
-_wanting: list[object] = []
-_lock = Lock()
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """Let compiled parts run as written: compiled code need not notice new hooks.
-
-    Contexts may end in any order.
-    """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    context = object()
-    with _lock:
-        if not _wanting:
-            _stance.enter_context(torch.compiler.set_stance("force_eager"))
-        _wanting.append(context)
-    try:
-        yield
-    finally:
-        with _lock:
-            _wanting.remove(context)
-            if not _wanting:
-                _stance.close()

@@ -20,8 +20,9 @@ from bnstats.interrupts import Interrupts
 from bnstats.private import in_backward_pass, intercepted
 from bnstats.recomputation.batches import BatchCounts
 from bnstats.recomputation.collector import Collector, one_pass
+from bnstats.recomputation.eager import eager
 from bnstats.recomputation.estimators import Pooled
-from bnstats.recomputation.observer import LayerMoments, ObservedLayer, eager, hooked
+from bnstats.recomputation.observer import LayerMoments, ObservedLayer, hooked
 from bnstats.recomputation.options import Options
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.results import population_stats

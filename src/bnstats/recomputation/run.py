@@ -86,10 +86,10 @@ def recompute_population_stats(
       through the model together, each in a thread that is held at every layer until the layer
       has seen them all. It computes one forward of the data and holds the activations of all
       its batches: about the largest layer's input, and what skips over it, times the number of
-      batches. The forward must not keep anything on the model from one layer to the next, replace
-      its parameters (``functional_call``) or hold a lock, as other batches run in between. A layer
-      that only some batches reach is completed with those, once no batch can go on otherwise. A
-      sharded model (``fully_shard``) is refused: its forwards wait for other processes.
+      batches. As other batches run in between, the forward must not keep anything on the model
+      from one layer to the next, replace its parameters (``functional_call``) or hold a lock, and
+      random numbers that it draws come in any order. A layer that only some batches reach is
+      completed with those, once no batch can go on otherwise. A sharded model is refused.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as nothing is left to measure: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
