@@ -144,7 +144,8 @@ def test_a_buffer_that_the_model_replaces_for_good_stays_so(method):
     batches = [torch.randn(4, 3, length) for length in (5, 7, 9)]
     bnstats.recompute_population_stats(model, batches, method=method)
     assert len(model[0].positions) == 9
-    assert model[0].calls >= 3
+    # Side by side, one forward may count over another.
+    assert model[0].calls >= (1 if method == "layerwise" else 3)
     model.eval()(batches[0])
 
 
