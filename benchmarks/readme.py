@@ -15,7 +15,7 @@ READMES = (Path(__file__).parent.parent / "README.md", Path(__file__).parent / "
 PROMISED = [
     *("layers", "moving_average", "operators", "recompute", "layerwise"),
     *("memory", "import", "merges", "drift", "masks", "renorm", "observe", "prior"),
-    "verdicts",
+    *("verdicts", "architectures"),
 ]
 HEADER = ["what", "work", "sizes", "against", "measured", "at most", "of what memory allows"]
 

@@ -103,10 +103,10 @@ SIZES = ("2 images", "16 images")
 
 
 def test_alarms_are_named_and_adaptations_side_by_side(load):
-    done = {"a": ["healthy", "-"], "b": ["averages lag", "-"], "c": ["healthy", "-"]}
+    done = {"a": ["healthy", "-"], "b": ["averages lag", "-", "healthy"], "c": ["healthy", "-"]}
     assert load("bench_verdicts").table(done)[1:] == [
         ["healthy", "2", ""],
-        ["averages lag", "1", "b"],
+        ["averages lag", "1", "b (with a learning rate of 0: healthy)"],
     ]
     rows, photographs = load("rows"), load("bench_prior_photographs")
     measured = [
