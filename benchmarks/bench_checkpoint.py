@@ -1,13 +1,16 @@
 """The running averages that come with a network's weights, on pictures of another kind.
 
 How far they are from the pictures' own statistics at three sizes, and what becomes of the
-classifier when they are replaced: its head was trained on features that the old ones made.
+classifier when they are replaced: its head was trained on features that the old ones made. A
+prior's weight is measured from the spread between the source's samples. A checkpoint holds none,
+so the pictures' own stands in for it.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -24,8 +27,9 @@ from bnstats.cli.photos import Photos, accuracy, efficientnet_lite0
 
 SIZES = (96, 128, 224)
 BATCH = 16
+FEW = 16
 
-Replace: TypeAlias = Callable[[nn.Module, list[Tensor]], Recalibration]
+Recalibrate: TypeAlias = Callable[[nn.Module, list[Tensor]], Recalibration]
 
 
 def _pooled(model: nn.Module, batches: list[Tensor]) -> Recalibration:
@@ -36,7 +40,31 @@ def _layerwise(model: nn.Module, batches: list[Tensor]) -> Recalibration:
     return bnstats.recompute_population_stats(model, batches, method="layerwise")
 
 
-REPLACED: dict[str, Replace] = {"pooled": _pooled, "layerwise": _layerwise}
+def _prior(model: nn.Module, batches: list[Tensor]) -> Recalibration:
+    return bnstats.recompute_population_stats(model, batches, prior=_source(model, batches))
+
+
+def _prior_of_few(model: nn.Module, batches: list[Tensor]) -> Recalibration:
+    source = _source(model, batches)
+    return bnstats.recompute_population_stats(model, [torch.cat(batches)[:FEW]], prior=source)
+
+
+def _source(model: nn.Module, batches: list[Tensor]) -> bnstats.PopulationStats:
+    """Return the running statistics that came, with the spread between the pictures."""
+    stats = dict(bnstats.measure_population_stats(model, batches))
+    for name, layer in stats.items():
+        buffers = dict(model.get_submodule(name).named_buffers())
+        mean, var = (buffers[key].double() for key in ("running_mean", "running_var"))
+        stats[name] = replace(layer, mean=mean, var=var)
+    return bnstats.PopulationStats(stats)
+
+
+REPLACED: dict[str, Recalibrate] = {
+    "pooled": _pooled,
+    "layerwise": _layerwise,
+    "prior=": _prior,
+    f"prior=, {FEW} pictures": _prior_of_few,
+}
 """By what the running averages are replaced."""
 
 
@@ -88,13 +116,15 @@ def small_classifier() -> nn.Sequential:
 
 def look(model: nn.Module, photos: Photos) -> Checkpoint:
     """Evaluate a classifier with its own averages, and with each kind of replacement."""
-    batches = list(photos.train.tensors[0].split(BATCH))
+    images = photos.train.tensors[0]
+    torch.manual_seed(0)
+    batches = list(images[torch.randperm(len(images))].split(BATCH))  # they come class by class
     logits, new_head = _evaluate(model, photos)
     own = logits.argmax(1)
     answers = {"as they come": Answers(_confidence(logits), 0.0, new_head)}
     drift = {}
-    for name, replace in REPLACED.items():
-        result = replace(model, batches)
+    for name, recalibrate in REPLACED.items():
+        result = recalibrate(model, batches)
         drift[name] = result.drift
         logits, new_head = _evaluate(model, photos)
         changed = 100 * float((logits.argmax(1) != own).float().mean())
