@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _outcome(title: str, model: nn.Module, data: Photos) -> Outcome:
     running = photos.accuracy(model, data.test)
-    result = recompute_population_stats(model, data.train.tensors[0].split(32))
+    images = data.train.tensors[0]
+    order = torch.randperm(len(images))  # they come class by class
+    result = recompute_population_stats(model, images[order].split(32))
     return Outcome(title, running, photos.accuracy(model, data.test), result)
 
 
