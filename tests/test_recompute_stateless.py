@@ -138,14 +138,15 @@ class GrowingCache(nn.Module):
         return x + self.positions[: x.shape[-1]]
 
 
+# Of several threads one could count over another: what the model does is not atomic.
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ALL_METHODS)
 def test_a_buffer_that_the_model_replaces_for_good_stays_so(method):
     model = nn.Sequential(GrowingCache(), nn.BatchNorm1d(3))
     batches = [torch.randn(4, 3, length) for length in (5, 7, 9)]
     bnstats.recompute_population_stats(model, batches, method=method)
     assert len(model[0].positions) == 9
-    # Side by side, one forward may count over another.
-    assert model[0].calls >= (1 if method == "layerwise" else 3)
+    assert model[0].calls >= 3
     model.eval()(batches[0])
 
 

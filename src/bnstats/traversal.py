@@ -119,7 +119,7 @@ def named_batchnorms(model: nn.Module, include: Include | None = None) -> dict[s
     layers: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
         if isinstance(module, _BatchNorm):
-            check_materialized(name, module)
+            check_layer(name, module)
         elif include is None:
             continue
         if keeps_statistics(module) and (include is None or include(name, module)):
@@ -200,7 +200,7 @@ def first_names(names: Collection[object]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def check_materialized(name: str, module: nn.Module) -> None:
+def check_layer(name: str, module: nn.Module) -> None:
     """Refuse a lazy layer whose features are not known yet, and statistics that are parameters."""
     if isinstance(getattr(module, "running_mean", None), nn.Parameter):
         raise InvalidTypeError(

@@ -16,7 +16,7 @@ from bnstats.arguments import check_writable
 from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN, change_class, target_class
 from bnstats.errors import InvalidValueError
 from bnstats.layers.centered import CenteredForward, centered
-from bnstats.traversal import Include, check_materialized, named_layers, unwrap
+from bnstats.traversal import Include, check_layer, named_layers, unwrap
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CENTERED = (
@@ -59,7 +59,7 @@ def plan_centering(
         if not isinstance(module, _CONVOLUTIONS) and module not in feeding:
             continue
         if include is None or include(name, module):
-            check_materialized(name, module)
+            check_layer(name, module)
             if isinstance(module.weight, Tensor) and module.weight[0].numel() == 1:
                 continue  # centered, a single weight is 0
             cls = target_class(f"layer '{name}' ({type(module).__name__})", module, CENTERED)

@@ -14,7 +14,7 @@ from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN, family_of
 from bnstats.distributed import Sync
 from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.layers.moving_average_state import far_from_zero
-from bnstats.traversal import Include, check_materialized, named_layers
+from bnstats.traversal import Include, check_layer, named_layers
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -249,7 +249,7 @@ def _chosen_batchnorms(model: nn.Module, include: Include | None) -> dict[str, _
     layers: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
         if isinstance(module, _BatchNorm) and (include is None or include(name, module)):
-            check_materialized(name, module)
+            check_layer(name, module)
             layers[name] = module
     return layers
 

@@ -134,11 +134,12 @@ def explain(layer: _BatchNorm, stats: LayerStats) -> Explained:
 
 
 def _num_updates(layer: _BatchNorm) -> int | None:
-    """Return how many batches a layer counted; None where it has no counter, or one of 0."""
+    """Return how many batches a layer counted; None where its counter is not known."""
     if layer.num_batches_tracked is None:
         return None
     updates = int(layer.num_batches_tracked)
     assert layer.running_mean is not None and layer.running_var is not None
+    # A counter of 0 beside statistics that have moved came with a checkpoint that lacked it.
     untouched = bool((layer.running_mean == 0).all() and (layer.running_var == 1).all())
     return updates if updates or untouched else None
 

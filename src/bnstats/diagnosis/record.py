@@ -20,7 +20,7 @@ from bnstats.masked_reduction import count_positions, masked_mean_and_m2
 from bnstats.masks import given_mask
 from bnstats.private import in_backward_pass
 from bnstats.reduction import along_channels, mean_and_m2, other_axes
-from bnstats.traversal import check_materialized, named_layers
+from bnstats.traversal import check_layer, named_layers
 
 
 class Normalization(NamedTuple):
@@ -200,7 +200,7 @@ def _choose(model: nn.Module, names: Iterable[str] | None) -> dict[str, _BatchNo
     found: dict[str, _BatchNorm] = {}
     for name, module in named_layers(model):
         if isinstance(module, _BatchNorm):
-            check_materialized(name, module)
+            check_layer(name, module)
             found[name] = module
     if not found:
         raise InvalidValueError(f"{type(model).__name__} has no BatchNorm layers to record")

@@ -34,8 +34,8 @@ REMEDIES: Mapping[str, str] = MappingProxyType(
         MOMENTUM_TOO_HIGH: "bnstats.recompute_population_stats(model, loader); in training, "
         "momentum=0.1: it is the weight of the new batch",
         BATCH_TOO_SMALL: "bnstats.recompute_population_stats(model, loader) for the averages; in "
-        'training, larger batches or bnstats.convert_batchnorm(model, "renorm"), and where it '
-        'starts anew "moving_average" too',
+        'training, larger batches, bnstats.convert_batchnorm(model, "renorm") or, from the start '
+        'of a training, "moving_average"',
         AVERAGES_LAG: "bnstats.recompute_population_stats(model, loader)",
         OTHER_DATA: "bnstats.recompute_population_stats(model, target, "
         "prior=bnstats.measure_population_stats(model, loader))",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.layers.tracking import HALF
@@ -55,10 +56,11 @@ def check_momentum(name: str, momentum: float | None) -> None:
         )
 
 
-def check_dtype(name: str, x: Tensor, wide: torch.dtype) -> None:
+def check_dtype(layer: _BatchNorm, x: Tensor, wide: torch.dtype) -> None:
     """Refuse an input that torch does not normalize with statistics of the wide dtype."""
     fitting = (wide, *HALF) if wide == torch.float32 else (wide,)
     if not x.is_floating_point() or x.dtype not in fitting:
         raise InvalidTypeError(
-            f"{name}: expected an input of {' or '.join(map(str, fitting))}, got {x.dtype}"
+            f"{type(layer).__name__}({layer.num_features}): expected an input of "
+            f"{' or '.join(map(str, fitting))}, got {x.dtype}"
         )

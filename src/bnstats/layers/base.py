@@ -192,8 +192,7 @@ class RunningStatsBatchNorm(Unscriptable, TrackingBatchNorm):
     def _check_dtype(self, input: Tensor) -> None:
         """Refuse what torch's kernel would not take once the moments are there."""
         wide = input.dtype if self.weight is None else self.weight.dtype
-        wide = torch.float32 if wide in HALF else wide
-        check_dtype(f"{type(self).__name__}({self.num_features})", input, wide)
+        check_dtype(self, input, torch.float32 if wide in HALF else wide)
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None

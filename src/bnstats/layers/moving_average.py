@@ -222,8 +222,7 @@ class MovingAverageBatchNorm(MovingAverageState):
         return normalize_about_zero(input, weight, bias, *scale, mask, count, replicas)
 
     def _check_dtype(self, input: Tensor) -> None:
-        name = f"{type(self).__name__}({self.num_features})"
-        check_dtype(name, input, self.window_mean_squares.dtype)
+        check_dtype(self, input, self.window_mean_squares.dtype)
 
     def extra_repr(self) -> str:
         """Return the options, those that ``nn.BatchNorm`` lacks last."""

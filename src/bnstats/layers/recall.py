@@ -87,15 +87,15 @@ class Recall(Referable):
                 raise too_long_ago(REMEMBERED, REMEDY)
             return before
         keys, values = torch.stack([x.key for x in known]), torch.stack([x.value for x in known])
-        waits = torch.stack(
-            [key.new_ones((), dtype=torch.bool) if x.waits is None else x.waits for x in known]
-        )
+        yes = key.new_ones((), dtype=torch.bool)
+        waits = torch.stack([yes if x.waits is None else x.waits for x in known])
         # Channels that are not finite do not help to identify the batch.
         norm = partial(torch.linalg.vector_norm, dim=-1)
         distance = norm(_finite(keys - key))
         index = ((distance == distance.min()) * (1 + waits.int())).argmax().view(1)
-        for place, forward in enumerate(known):
-            forward.waits = waits[place] & (index[0] != place)
+        waits = waits & (torch.arange(len(known), device=key.device) != index)
+        for forward, still in zip(known, waits.unbind(), strict=True):
+            forward.waits = still
         found = distance[index] <= SAME * norm(_finite(key))
         if on_host(key) and before is None and not found and key.isfinite().all():
             raise too_long_ago(REMEMBERED, REMEDY)

@@ -58,7 +58,6 @@ def check_options(options: Options) -> None:
             f'on_nonfinite: expected "raise" or "skip", got {options.on_nonfinite!r}'
         )
     check_function("forward", options.forward, "model, batch")
-    check_function("include", options.include, "name, module")
     check_function("mask", options.mask, "batch")
     check_downsample(options.downsample)
 
