@@ -22,7 +22,7 @@ def is_warm(step: Any, length: int, warmup: int) -> Any:
 
 
 def slots(owners: Tensor) -> Tensor:
-    """Return 0 to m - 1, for int64 of shape (m,)."""
+    """Return 0 to m - 1, for a tensor of shape (m,)."""
     if type(owners) is not Tensor:  # a DTensor does not mix with plain tensors
         return torch.ones_like(owners).cumsum(0) - 1
     return torch.arange(len(owners), device=owners.device)

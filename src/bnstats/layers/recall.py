@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnstats.accumulators import ring_buffer
 from bnstats.errors import InvalidValueError
 from bnstats.layers.operators import Referable, opaque, referred, register
 from bnstats.private import in_backward_pass, on_host
@@ -93,7 +94,7 @@ class Recall(Referable):
         norm = partial(torch.linalg.vector_norm, dim=-1)
         distance = norm(_finite(keys - key))
         index = ((distance == distance.min()) * (1 + waits.int())).argmax().view(1)
-        waits = waits & (torch.arange(len(known), device=key.device) != index)
+        waits = waits & (ring_buffer.slots(waits) != index)
         for forward, still in zip(known, waits.unbind(), strict=True):
             forward.waits = still
         found = distance[index] <= SAME * norm(_finite(key))
