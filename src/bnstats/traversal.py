@@ -143,7 +143,8 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:  # to set an attribute of a Module costs microseconds
+                module.training = mode
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -226,13 +226,13 @@ def observed(
 
         try:
             for module in model.modules():
-                module.training = False
+                evaluate(module)
             for layer in layers:
                 # A layer that is reached without its hooks is then what it is in evaluation.
                 layer.stand_in(layer.running_mean.clone(), layer.running_var.clone())
             with (
-                kept_in_evaluation(model, layers),
-                hooked(layers, checked),
+                others_in_evaluation(model, layers),
+                hooked(layers, checked, evaluating=True),
                 torch.no_grad(),
                 eager(),
             ):
@@ -243,36 +243,42 @@ def observed(
                 layer.stand_ins.clear()
 
 
-@contextmanager
-def kept_in_evaluation(model: nn.Module, layers: Iterable[ObservedLayer]) -> Iterator[None]:
-    """Let BatchNorm layers evaluate, also where a forward puts the model into training mode."""
-
-    def evaluate(module: nn.Module, _: object) -> None:
+def evaluate(module: nn.Module, *_: object) -> None:
+    """Put one module into evaluation mode."""
+    if module.training:  # to set an attribute of a Module costs microseconds
         module.training = False
 
+
+@contextmanager
+def others_in_evaluation(model: nn.Module, layers: Iterable[ObservedLayer]) -> Iterator[None]:
+    """Let other BatchNorm layers evaluate, also where a forward calls ``train()``."""
     chosen = {layer.module for layer in layers}
     with ExitStack() as stack:
         for module in model.modules():
-            if isinstance(module, _BatchNorm) or module in chosen:
+            if isinstance(module, _BatchNorm) and module not in chosen:
                 stack.callback(module.register_forward_pre_hook(Hook(evaluate)).remove)
         yield
 
 
 @contextmanager
-def hooked(layers: Iterable[ObservedLayer], on_input: OnInput) -> Iterator[None]:
-    """Call back with each input of the layers."""
+def hooked(
+    layers: Iterable[ObservedLayer], on_input: OnInput, *, evaluating: bool = False
+) -> Iterator[None]:
+    """Call back with each input of the layers; they may be kept in evaluation mode."""
     with ExitStack() as stack:
         for layer in layers:
-            hook = Hook(_pre_hook(layer, on_input))
+            hook = Hook(_pre_hook(layer, on_input, evaluating))
             handle = layer.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _pre_hook(layer: ObservedLayer, on_input: OnInput) -> Callable[..., None]:
+def _pre_hook(layer: ObservedLayer, on_input: OnInput, evaluating: bool) -> Callable[..., None]:
     channels = layer.num_features
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if evaluating:
+            evaluate(module)
         x = given_input(args, kwargs)
         # The layer itself raises the error for an input that it cannot take.
         if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == channels:

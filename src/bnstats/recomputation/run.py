@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.distributed import Peers, Sync
 from bnstats.errors import InvalidValueError, warn
@@ -20,10 +19,10 @@ from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.layer_stats import RunningStats, write_all
 from bnstats.recomputation.layerwise import layerwise
 from bnstats.recomputation.options import Options
-from bnstats.recomputation.population import PopulationStats, layers_of
+from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.recalibration import Recalibration
 from bnstats.recomputation.sweeps import sweeps
-from bnstats.recomputation.task import Method, prepare
+from bnstats.recomputation.task import Method, Task, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
 MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
@@ -200,12 +199,11 @@ def recompute_population_stats(
         prior=prior,
     )
     with Interrupts() as interrupts:
-        after, peers = _measure(model, loader, options, interrupts)
-        layers: dict[str, _BatchNorm] = {}
+        after, task = _measure(model, loader, options, interrupts)
+        layers = {x.name: x.module for x in task.layers if x.name in after}
         before: ByLayer[RunningStats] = ByLayer()
         try:
-            with peers.exchange(_NOTHING) as exchange:
-                layers.update(layers_of(after, model))
+            with task.peers.exchange(_NOTHING) as exchange:
                 before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
                 drift = compare(before, after)
                 write_all(layers, after, before)
@@ -280,8 +278,8 @@ def _method(method: str | None, prior: PopulationStats | None) -> str:
 
 def _measure(
     model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
-) -> tuple[PopulationStats, Peers]:
-    """Measure, and return the statistics and the processes that took part."""
+) -> tuple[PopulationStats, Task]:
+    """Measure, and return the statistics and what was measured."""
     peers, method = Peers.of(options.sync), options.method
     with peers.agreement() as agreement:
         if not isinstance(method, str) or method not in METHODS:
@@ -296,5 +294,5 @@ def _measure(
             )
         else:
             warn(no_batchnorm(task.model, options.include))
-        return PopulationStats({}, method=method, frozen=task.frozen), peers
-    return task.method.measure(task), peers
+        return PopulationStats({}, method=method, frozen=task.frozen), task
+    return task.method.measure(task), task
