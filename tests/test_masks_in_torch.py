@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import bnstats
-from cases import each_family, normalizing_as_torch
+from cases import FAMILIES, each_family, normalizing_as_torch
 from test_masks import VALID, make
 
 EXTREMES = {
@@ -73,6 +73,16 @@ def test_padding_that_is_not_finite_spoils_no_second_derivative(family):
         (grad,) = torch.autograd.grad(loss, own, create_graph=True)
         twice.append(torch.autograd.grad(valid_of(grad).pow(2).sum(), own)[0])
     torch.testing.assert_close(*twice)
+
+
+def test_many_gradients_at_once_are_those_of_one_after_the_other():
+    layer, x = make(FAMILIES[0]), torch.randn(4, 3, 7)
+    x[~VALID.unsqueeze(1).expand_as(x)] = torch.nan
+    y = layer(x.requires_grad_(), VALID)
+    grads = torch.randn(5, *y.shape) * VALID.unsqueeze(1)
+    (together,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    apart = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(together, torch.stack(apart))
 
 
 @each_family

@@ -84,6 +84,12 @@ class TestAccumulation:
         with pytest.raises(bnstats.errors.InvalidValueError, match="create_graph"):
             torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
+    def test_many_gradients_at_once_are_refused(self):
+        layer, x = make(), torch.randn(2, 3, 4, 5, requires_grad=True)
+        y = layer(x)
+        with pytest.raises(bnstats.errors.InvalidValueError, match="is_grads_batched"):
+            torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
+
     def test_forward_mode_is_refused(self):
         layer, x = make(), torch.randn(2, 3, 4, 5)
         with forward_ad.dual_level():

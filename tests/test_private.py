@@ -104,6 +104,18 @@ def test_tangents_are_noticed():
     assert answers == [True]
 
 
+def test_a_batch_of_gradients_is_noticed():
+    answers = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 2
+    y.register_hook(
+        lambda grad: answers.append((private.is_batch_of_gradients(grad), private.on_host(grad)))
+    )
+    torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2, 3), is_grads_batched=True)
+    assert answers == [(False, True), (True, False)]
+
+
 def test_functionalize_is_noticed_under_other_transforms():
     answers = []
 

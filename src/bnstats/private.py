@@ -79,6 +79,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
+def is_batch_of_gradients(grad: Tensor) -> bool:
+    """Whether a backward gets many gradients at once, by ``is_grads_batched``.
+
+    It says so to no one: the tensor looks like one gradient.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
 def intercepted() -> bool:
     """Whether operators are recorded, transformed or run without values.
 
@@ -206,6 +214,7 @@ def on_host(tensor: Tensor) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
     )
 
 

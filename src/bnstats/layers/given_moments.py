@@ -139,6 +139,7 @@ def _gradients(
                 grad, x, factor, mean, var, mean, inverse, False, ctx.eps, [False, True, True]
             ),
             x,
+            grad,
             mask,
         )
     else:
@@ -167,7 +168,7 @@ def _zero_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def with_finite_padding(
-    kernel: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, mask: Tensor | None
+    kernel: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, grad: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a kernel of the backward on x, whose padding may be NaN or infinite.
 
@@ -178,10 +179,11 @@ def with_finite_padding(
         x, where padding is finite if it matters, and the kernel's results, whose second is a
         sum over the gradient times x.
     """
-    if mask is not None and not on_host(x):
+    asks = on_host(x) and on_host(grad)
+    if mask is not None and not asks:
         x = x.nan_to_num(0.0, 0.0, 0.0)
     results = kernel(x)
-    if mask is not None and on_host(x) and not math.isfinite(results[1].sum()):
+    if mask is not None and asks and not math.isfinite(results[1].sum()):
         x = x.nan_to_num(0.0, 0.0, 0.0)
         results = kernel(x)
     return x, results

@@ -15,7 +15,7 @@ from bnstats.errors import InvalidValueError
 from bnstats.layers.given_moments import with_finite_padding
 from bnstats.layers.operators import opaque, referred, register
 from bnstats.layers.tracking import replace_where
-from bnstats.private import intercepted, on_host, only_reverse_mode
+from bnstats.private import intercepted, is_batch_of_gradients, on_host, only_reverse_mode
 from bnstats.reduction import along_channels
 
 _SMALLEST_FACTOR = 1e-20
@@ -84,6 +84,12 @@ class _AboutZero(torch.autograd.Function):
                 "MovingAverageBatchNorm: create_graph: expected False, got True: its gradient "
                 "is no derivative of its output, and has none itself; use evaluation mode or "
                 "nn.BatchNorm for second derivatives"
+            )
+        if is_batch_of_gradients(grad):
+            raise InvalidValueError(
+                "MovingAverageBatchNorm: is_grads_batched (or jacobian's vectorize): expected "
+                "False, got True: its window takes one gradient for each forward; loop over the "
+                "gradients with retain_graph=True, or use evaluation mode"
             )
         x, weight, var, ratio, step, mask, count = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -200,6 +206,7 @@ def _anywhere(
             grad, x, factor, zeros, var, *saved, False, eps, [True, True, True]
         ),
         x,
+        grad,
         mask,
     )
 
