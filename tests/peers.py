@@ -3,6 +3,7 @@
 import copy
 import datetime
 import traceback
+import warnings
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ import replicated_layers
 import sharded_layers
 from bnstats.distributed import Peers
 from bnstats.errors import (
+    BnstatsWarning,
     InvalidTypeError,
     InvalidValueError,
     LayerMismatchError,
@@ -230,6 +232,20 @@ def failing_before_the_first_batch(what):
     return scenario
 
 
+def a_warning_that_is_an_error_is_one_on_all(rank, world):
+    model = network()
+    model[1].spare = nn.BatchNorm1d(2)  # which no forward reaches
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if rank == 1 else "ignore")
+        error, says = (BnstatsWarning, "'1.spare'") if rank == 1 else (PeerError, "rank 1")
+        raises(error, lambda: _recompute(world, rank, model), says)
+
+
+def measuring_where_others_recompute(rank, world):
+    function = bnstats.measure_population_stats if rank else bnstats.recompute_population_stats
+    raises(InvalidValueError, lambda: function(network(), shards(world)[0]), "not measure the same")
+
+
 def measuring_different_things(what):
     def scenario(rank, world):
         different = DIFFERENT[what] if rank == 1 else {}
@@ -385,6 +401,7 @@ def fully_sharded_models_are_measured(method):
     def scenario(rank, world):
         model, parts = sharded(world), even_shards(world)
         stats = bnstats.recompute_population_stats(model, parts[rank], method=method).after
+        assert all(isinstance(p, DTensor) for p in model.parameters())  # as before
         everything = [batch for part in parts for batch in part]
         alone = bnstats.measure_population_stats(network(), everything, method=method, sync=False)
         for name in alone:
@@ -479,7 +496,9 @@ SCENARIOS = {
         scenario.__name__: scenario
         for scenario in (
             a_prior_is_weighed_together,
+            a_warning_that_is_an_error_is_one_on_all,
             all_without_a_batch_is_an_error_on_all,
+            measuring_where_others_recompute,
             ddp_and_its_sampler,
             without_sync_each_has_its_own,
             a_group_is_merged_and_no_other,

@@ -44,6 +44,66 @@ def test_the_same_call_gives_the_same_bits():
         assert torch.equal(a[name].mean_stderr, b[name].mean_stderr)
 
 
+class ReadsFirst(nn.Module):
+    """Reads a layer's running variance before the layer runs, as torch.ao's ConvBn2d does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        scaled = x / (self.first.running_var + 1e-5).sqrt()
+        return self.second(scaled) + self.first(x)
+
+
+def test_statistics_that_a_model_reads_before_their_layer_runs_are_the_final_ones():
+    model, data = ReadsFirst(), [3 * torch.randn(16, 3) + i for i in range(4)]
+    stats = recompute(model, data)
+    expected = torch.cat(data).double() / (stats["first"].var + 1e-5).sqrt()
+    torch.testing.assert_close(stats["second"].var, expected.var(0))
+
+
+class Retrying(nn.Module):
+    """Catches whatever a layer raises, and calls it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = self.first(x)
+        try:
+            return self.second(x)
+        except BaseException:
+            return self.second(x)
+
+
+def test_a_model_that_catches_everything_counts_each_batch_once():
+    stats = measure(Retrying(), [torch.randn(8, 3) for _ in range(5)])
+    assert stats["second"].count == 40
+
+
+@pytest.mark.parametrize("by", ["hook", "forward"])
+def test_what_a_model_undoes_after_a_forward_is_undone(by):
+    # As sharded and offloaded modules do: one gathers, or loads, before, and gives back after.
+    model, data, loaded = trained(), uneven(), []
+    own = model.forward
+
+    def forward(x):
+        loaded.append(1)
+        y = own(x)
+        loaded.pop()
+        return y
+
+    if by == "forward":
+        model.forward = forward
+    else:
+        model.register_forward_pre_hook(lambda *_: loaded.append(1))
+        model.register_forward_hook(lambda *_: loaded.pop() and None)
+    assert_fixed_point(model, data, recompute(model, data), 1)
+    assert loaded == []
+
+
 class Counting:
     """A loader that counts how often it is read, and a model's part that counts its forwards."""
 
@@ -59,7 +119,8 @@ def count_calls(model):
     calls = []
     for module in model.modules():
         if not [*module.children()]:
-            module.register_forward_hook(lambda module, *_: calls.append(module))
+            # Not one after it: forwards are not cut short where something comes after them.
+            module.register_forward_pre_hook(lambda module, *_: calls.append(module))
     return calls
 
 
@@ -67,9 +128,9 @@ def test_a_forward_ends_where_there_is_nothing_more_to_be_seen():
     model, loader = trained(), Counting(uneven())
     calls = count_calls(model)
     measure(model, loader)
-    # The survey runs all 9 modules and sees layer 1; then layer 5, then layer 8, each unrun.
     assert loader.reads == 3
-    assert len(calls) == 4 * (9 + 5 + 8)
+    # The survey runs all 9 modules and sees layer 1; then layer 5, then layer 8, which begin last.
+    assert len(calls) == 4 * (9 + 6 + 9)
 
 
 class Parallel(nn.Module):

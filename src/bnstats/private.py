@@ -223,6 +223,11 @@ def is_mutable(operator: Any) -> bool:
     return bool(operator._schema.is_mutable)
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether something runs after a module's forward: hooks, or a forward put in its place."""
+    return bool(module._forward_hooks) or "forward" in vars(module)
+
+
 def add_unnumbered_hooks(
     module: nn.Module, key: Any, before: Callable[..., Any], after: Callable[..., Any]
 ) -> None:

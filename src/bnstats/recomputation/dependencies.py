@@ -48,6 +48,9 @@ class DependencySurvey:
         self._calls_in_forward.clear()
         known = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
         self._flow = Dataflow([*known, *self._own_tensors])
+        for layer in self._task.layers:  # a model may read them before the layer runs
+            self._flow.begin_with(layer.running_mean, layer)
+            self._flow.begin_with(layer.running_var, layer)
         with self._flow:
             self._task.forward(batch)
         for layer, calls in self._calls_in_forward.items():
@@ -112,6 +115,10 @@ class Dataflow(TorchDispatchMode):
         self._host_reads = _HostReads(self)
         for tensor in known:
             self._marks[self._key(tensor)] = frozenset()
+
+    def begin_with(self, tensor: Tensor, source: object) -> None:
+        """Let a tensor be a source, which nothing else depends on so far."""
+        self._marks[self._key(tensor)] = frozenset([source])
 
     def mark(self, tensor: Tensor, sources: frozenset[Any]) -> None:
         """Set what a tensor was computed from."""

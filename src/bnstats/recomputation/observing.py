@@ -161,7 +161,9 @@ class Observation:
                 "and count for no layer"
             )
         counts = BatchCounts(self._num_batches, num_skipped, math.nan, 0)
-        return population_stats(self._task, counts, estimate)
+        stats = population_stats(self._task, counts, estimate)
+        self._task.give_warnings()
+        return stats
 
     def attach(self, stack: ExitStack) -> None:
         """Observe until the stack is closed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError, warn
+from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
 from bnstats.recomputation.estimators import Estimate
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.population import PopulationStats
@@ -78,15 +78,16 @@ class Prior:
         self._spreads[layer.name] = (int(estimate.num_samples[0]), relative_spread)
         return combined
 
-    def warn_of_one_kind(self) -> None:
-        """Warn where the samples differ much less than the source's in the deepest layer."""
+    def about_one_kind(self) -> list[str]:
+        """Tell where the samples differ much less than the source's in the deepest layer."""
         if len(self._spreads) < 2:
-            return  # the input's own contrast is the first layer's spread
+            return []  # the input's own contrast is the first layer's spread
         name, (num_samples, relative_spread) = list(self._spreads.items())[-1]
-        if num_samples >= _FEWEST_SAMPLES and relative_spread < _NARROW:
-            warn(
-                f"prior: the loader's {num_samples} samples differ little from each other: in "
-                f"layer '{name}' their variance is {relative_spread:.2f} of the prior's. If they "
-                "are of one class, or scene, their statistics are those of the class, and "
-                "adapting to them removes what distinguishes it; give samples of all kinds"
-            )
+        if num_samples < _FEWEST_SAMPLES or relative_spread >= _NARROW:
+            return []
+        return [
+            f"prior: the loader's {num_samples} samples differ little from each other: in "
+            f"layer '{name}' their variance is {relative_spread:.2f} of the prior's. If they "
+            "are of one class, or scene, their statistics are those of the class, and "
+            "adapting to them removes what distinguishes it; give samples of all kinds"
+        ]

@@ -8,7 +8,6 @@ from bnstats.errors import (
     InvalidValueError,
     NonFiniteStatisticsError,
     TooFewValuesError,
-    warn,
 )
 from bnstats.recomputation.batches import BatchCounts
 from bnstats.recomputation.estimators import Estimate
@@ -19,7 +18,7 @@ from bnstats.recomputation.task import Task
 
 
 def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> PopulationStats:
-    """Return the statistics of every layer that saw values, and warn of the others.
+    """Return the statistics of every layer that saw values; a warning tells of the others.
 
     Args:
         task: what was measured.
@@ -39,13 +38,13 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
         else:
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
     if unseen:
-        warn(_about_unseen(task, unseen))
+        task.warnings.append(_about_unseen(task, unseen))
     if task.own_forward is not None and not task.options.writes:  # to write them is an error
         for layer in task.layers:
             if layer.name in stats:
-                _warn_of_overflow(layer, stats[layer.name])
+                task.warnings.extend(_about_overflow(layer, stats[layer.name]))
     if task.prior is not None:
-        task.prior.warn_of_one_kind()
+        task.warnings.extend(task.prior.about_one_kind())
     return PopulationStats(
         stats,
         method=task.method.name,
@@ -71,15 +70,16 @@ def _about_unseen(task: Task, unseen: list[ObservedLayer]) -> str:
     return message
 
 
-def _warn_of_overflow(layer: ObservedLayer, stats: LayerStats) -> None:
-    """Warn of a variance beyond the layer's half buffer: what it normalized with was infinite."""
+def _about_overflow(layer: ObservedLayer, stats: LayerStats) -> list[str]:
+    """Tell of a variance beyond the layer's half buffer: what it normalized with was infinite."""
     largest = torch.finfo(layer.running_var.dtype).max
-    if (stats.var > largest).any():
-        warn(
-            f"layer '{layer.name}' has a variance of {float(stats.var.max()):.3g}, and its "
-            f"running_var holds up to {largest:g}: its output was 0, and the layers behind it were "
-            "measured on that; measure model.float(), under autocast where that is wanted"
-        )
+    if not (stats.var > largest).any():
+        return []
+    return [
+        f"layer '{layer.name}' has a variance of {float(stats.var.max()):.3g}, and its "
+        f"running_var holds up to {largest:g}: its output was 0, and the layers behind it were "
+        "measured on that; measure model.float(), under autocast where that is wanted"
+    ]
 
 
 def check_counts(counts: BatchCounts) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bnstats.distributed import Peers, Sync
-from bnstats.errors import InvalidValueError, warn
+from bnstats.errors import InvalidValueError
 from bnstats.interrupts import Interrupts
 from bnstats.masks import Downsample
 from bnstats.recomputation.collector import one_pass
@@ -204,6 +204,7 @@ def recompute_population_stats(
         before: ByLayer[RunningStats] = ByLayer()
         try:
             with task.peers.exchange(_NOTHING) as exchange:
+                task.give_warnings()
                 before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
                 drift = compare(before, after)
                 write_all(layers, after, before)
@@ -267,7 +268,9 @@ def measure_population_stats(
         writes=False,
     )
     with Interrupts() as interrupts:
-        return _measure(model, loader, options, interrupts)[0]
+        stats, task = _measure(model, loader, options, interrupts)
+        task.give_warnings()
+    return stats
 
 
 def _method(method: str | None, prior: PopulationStats | None) -> str:
@@ -288,11 +291,11 @@ def _measure(
         agreement.send(task.description)
     if not task.layers:
         if task.frozen:
-            warn(
+            task.warnings.append(
                 f"all {len(task.frozen)} BatchNorm layers are frozen, or in evaluation mode while "
                 f"the model trains, and are left alone: {first_names(task.frozen)}"
             )
         else:
-            warn(no_batchnorm(task.model, options.include))
+            task.warnings.append(no_batchnorm(task.model, options.include))
         return PopulationStats({}, method=method, frozen=task.frozen), task
     return task.method.measure(task), task

@@ -9,10 +9,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from bnstats.errors import InvalidValueError, warn
+from bnstats.distributed import communicates
+from bnstats.errors import InvalidValueError
+from bnstats.private import has_forward_hooks
 from bnstats.recomputation.batches import BatchCounts
 from bnstats.recomputation.collector import Collector, collect
 from bnstats.recomputation.dependencies import DependencyLevel, DependencySurvey
@@ -38,6 +40,15 @@ class _NothingMore(BaseException):
     """Ends a forward in which nothing is left to measure; never leaves this module."""
 
 
+def _may_end_early(model: nn.Module) -> bool:
+    """Whether a forward may end in the middle: nothing has to be undone behind a module.
+
+    Sharded modules gather their parameters before a forward and give them back after it, by hooks
+    or in a forward of their own; offloaded ones load theirs. None notices that it was cut short.
+    """
+    return not communicates(model) and not any(map(has_forward_hooks, model.modules()))
+
+
 class _Sweeps:
     """Completes layer after layer, those that do not depend on each other in one sweep."""
 
@@ -46,6 +57,7 @@ class _Sweeps:
         self._on_input: OnInput
         self._estimates: dict[ObservedLayer, Estimate] = {}
         self._used: dict[ObservedLayer, tuple[Tensor, Tensor]] = {}
+        self._ends_early = _may_end_early(task.model)
 
     def run(self) -> PopulationStats:
         """Survey the model in a whole sweep, and then sweep level by level."""
@@ -87,7 +99,7 @@ class _Sweeps:
                 step = 0.5
         if level.circular:
             names = ", ".join(repr(layer.name) for layer in level.layers)
-            warn(
+            self._task.warnings.append(
                 f"the statistics of layers that depend on each other still changed by {moved:.1g} "
                 f"standard deviations after {_MAX_REPETITIONS} sweeps: {names}"
             )
@@ -99,11 +111,13 @@ class _Sweeps:
         missing: Counter[ObservedLayer] = Counter()
 
         def on_input(layer: ObservedLayer, input: Tensor) -> None:
-            if layer in layers:
+            nothing_more = self._ends_early and not +missing  # none above zero
+            if layer in layers and not nothing_more:
                 collector.add(layer, layer.moments_of(input))
                 missing[layer] -= 1
-                if not +missing:  # nothing above zero
-                    raise _NothingMore
+                nothing_more = self._ends_early and not +missing
+            if nothing_more:  # again, if the model has caught it and goes on
+                raise _NothingMore
 
         def forward(batch: Any) -> None:
             missing.update(layers)

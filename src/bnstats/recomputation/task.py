@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnstats.arguments import check_has_values, check_module, check_writable
 from bnstats.distributed import Peers, communicates, is_dtensor
-from bnstats.errors import InvalidTypeError, InvalidValueError
+from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.freezing import frozen_layers
 from bnstats.interrupts import Interrupts
 from bnstats.recomputation.batches import Reader, default_device
@@ -70,6 +70,8 @@ class Task:
         interrupts: what runs the loader and, in this thread, the forward.
         prior: statistics of another data set, toward which those of the loader are drawn.
         own_forward: what ``forward`` runs, under a mask or not; None where the caller runs it.
+        warnings: what to warn of at the end: a warning that is an error must not come where other
+            processes wait for this one.
     """
 
     model: nn.Module
@@ -84,6 +86,7 @@ class Task:
     interrupts: Interrupts
     prior: Prior | None = None
     own_forward: BatchForward | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def like(self) -> Tensor:
@@ -105,6 +108,7 @@ class Task:
         options = ("method", "tolerance", "correction", "on_nonfinite")
         return {
             **{name: getattr(self.options, name) for name in options},
+            "function": "recompute" if self.options.writes else "measure",
             "layers": tuple(
                 (x.name, x.num_features, str(x.running_mean.dtype), x.about_zero)
                 for x in self.layers
@@ -148,6 +152,11 @@ class Task:
                     "number of batches in every process"
                 )
             yield batch
+
+    def give_warnings(self) -> None:
+        """Warn of what there is to warn of."""
+        while self.warnings:
+            warn(self.warnings.pop(0))
 
     def correction_of(self, layer: ObservedLayer) -> int:
         """Return a layer's correction: about zero no mean is estimated, and none corrected for.
