@@ -401,7 +401,11 @@ def fully_sharded_models_are_measured(method):
     def scenario(rank, world):
         model, parts = sharded(world), even_shards(world)
         stats = bnstats.recompute_population_stats(model, parts[rank], method=method).after
-        assert all(isinstance(p, DTensor) for p in model.parameters())  # as before
+        plain = sharded(world).eval()
+        with torch.no_grad():
+            plain(parts[rank][0])
+        after_any_forward = [type(p) for p in plain.parameters()]  # the root's own stay gathered
+        assert [type(p) for p in model.parameters()] == after_any_forward
         everything = [batch for part in parts for batch in part]
         alone = bnstats.measure_population_stats(network(), everything, method=method, sync=False)
         for name in alone:

@@ -40,8 +40,7 @@ METHODS = {
 }
 """The one table of methods."""
 
-_NOTHING = torch.empty(0, device="cpu")
-"""The result of a step that has none."""
+_NOTHING = torch.empty(0, device="cpu")  # the result of a step that has none
 
 
 def recompute_population_stats(
@@ -269,7 +268,7 @@ def measure_population_stats(
     )
     with Interrupts() as interrupts:
         stats, task = _measure(model, loader, options, interrupts)
-        task.give_warnings()
+    task.give_warnings()
     return stats
 
 
