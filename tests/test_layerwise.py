@@ -475,3 +475,38 @@ def test_a_forward_with_threads_of_its_own_is_refused_not_hung():
 
     with pytest.raises(InvalidValueError, match="in a thread that the forward"):
         measure(nn.BatchNorm1d(2), [torch.randn(4, 2)], forward=forward)
+
+
+def number_in_a_new_thread():
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_two_measurements_at_once_leave_the_number_of_threads_as_it_was(first_to_end):
+    begun, may_end = ([threading.Event(), threading.Event()] for _ in range(2))
+
+    def run(k):
+        def loader():
+            yield from torch.randn(6, 4, 3)
+            begun[k].set()
+            assert may_end[k].wait(20)
+
+        measure(nn.BatchNorm1d(3), loader())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+        for thread, event in zip(threads, begun, strict=True):
+            thread.start()
+            assert event.wait(20)  # the second begins while the first is at work
+        for k in (first_to_end, 1 - first_to_end):
+            may_end[k].set()
+            threads[k].join()
+        assert (torch.get_num_threads(), number_in_a_new_thread()) == (2, 2)
+    finally:
+        torch.set_num_threads(before)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NoReturn
 
 import torch
 
 from bnstats.interrupts import Interrupts
+from bnstats.recomputation.thread_settings import ThreadSettings
 
 
 class _Cancelled(BaseException):
@@ -62,7 +62,7 @@ class ForwardThreads:
         self._state = threading.Condition()  # guards the two below
         self._num_running = 0
         self._released: deque[ForwardThread] = deque()
-        self._settings = _ThreadSettings(devices)
+        self._settings = ThreadSettings(devices)
         self._failed = self._closed = False
 
     @property
@@ -83,8 +83,7 @@ class ForwardThreads:
         that the forwards need. Where one forward runs at a time, it keeps all.
         """
         self._num_sharing = max(1, min(num_threads, self._max_running))
-        if self._max_running > 1:
-            torch.set_num_threads(1)
+        self._settings.begin(1 if self._max_running > 1 else None)
 
     def start(self, forward: Callable[[], Any]) -> None:
         """Start a forward, as soon as one less than ``max_running`` runs.
@@ -186,53 +185,3 @@ class ForwardThreads:
         finally:
             thread.waiting_with = None
             self._stop_running()
-
-
-class _ThreadSettings:
-    """torch's settings per thread, taken from the thread that creates this object.
-
-    Args:
-        devices: where the forwards compute. No other device is touched: reading the stream
-            of an accelerator creates a context on it.
-    """
-
-    def __init__(self, devices: Collection[torch.device]) -> None:
-        self._num_threads = torch.get_num_threads()
-        self._inference = torch.is_inference_mode_enabled()
-        self._default_device = torch.empty(0).device  # as in moments
-        with_streams = [device for device in sorted(devices, key=str) if _has_streams(device)]
-        self._streams = [torch.accelerator.current_stream(device) for device in with_streams]
-        self._device_index = torch.accelerator.current_device_index() if with_streams else None
-        self._autocast = [
-            (kind, torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", *(device.type for device in devices)} - {"meta"})
-            if torch.is_autocast_enabled(kind)
-        ]
-        self._cache = torch.is_autocast_cache_enabled()
-
-    @contextmanager
-    def entered(self, num_sharing: int) -> Iterator[None]:
-        """Apply the settings to this thread, one of several, and switch gradients off."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode() if self._inference else torch.no_grad())
-            if self._default_device.type != "cpu":
-                stack.enter_context(self._default_device)
-            for kind, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=self._cache))
-            for stream in self._streams:
-                torch.accelerator.set_stream(stream)  # and its device
-            if self._device_index is not None:
-                torch.accelerator.set_device_index(self._device_index)
-            torch.set_num_threads(max(1, self._num_threads // num_sharing))
-            yield
-
-    def restore(self) -> None:
-        """Put the number of threads back: one thread's own is also that of later threads."""
-        torch.set_num_threads(self._num_threads)
-
-
-def _has_streams(device: torch.device) -> bool:
-    if device.type in ("cpu", "meta", "mps"):  # always in the same order
-        return False
-    accelerator = torch.accelerator.current_accelerator()
-    return accelerator is not None and accelerator.type == device.type
