@@ -135,6 +135,58 @@ def test_ctrl_c_while_threads_end_after_another_failure_comes_when_all_have_ende
     assert_untouched(model, before)
 
 
+class Locked(nn.Module):
+    """Takes a lock around its layer: the forwards of other batches wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        with self.lock:
+            return self.bn(x)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_ends_forwards_that_wait_for_a_lock_that_a_held_one_has(presses, threads, handler):
+    model, before_threads = nn.Sequential(nn.BatchNorm1d(3), Locked()), torch.get_num_threads()
+    before = snapshot(model)
+    torch.set_num_threads(threads)
+    pressing = Presser(presses, after=0.3)
+    pressing.ready.set()
+    try:
+        with pytest.raises(Pressed):
+            bnstats.measure_population_stats(model, [torch.randn(5, 3)] * 6, method="layerwise")
+    finally:
+        handler.raising = False
+        pressing.join()
+        torch.set_num_threads(before_threads)
+    assert [t for t in threading.enumerate() if t.name.startswith("bnstats")] == []
+    assert not model[1].lock.locked()
+    assert_untouched(model, before)
+
+
+def test_an_error_ends_forwards_that_wait_for_a_lock_that_a_held_one_has():
+    class Failing(Locked):
+        def forward(self, x):
+            if len(x) == 2:
+                time.sleep(0.1)  # until the others hold the lock, or wait for it
+                raise ValueError("bad")
+            return super().forward(x)
+
+    model, before_threads = Failing(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    data = [torch.randn(n, 3) for n in (5, 5, 2)]
+    try:
+        with pytest.raises(ValueError, match="bad"):
+            bnstats.measure_population_stats(model, data, method="layerwise")
+    finally:
+        torch.set_num_threads(before_threads)
+    assert [t for t in threading.enumerate() if t.name.startswith("bnstats")] == []
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ctrl_c_while_statistics_are_written_puts_all_of_them_back(method, handler):
     class Interrupting(torch.Tensor):

@@ -13,6 +13,9 @@ import torch
 from bnstats.interrupts import Interrupts
 from bnstats.recomputation.thread_settings import ThreadSettings
 
+_PATIENCE = 0.1
+"""Seconds of waiting for forwards after which a signal is handled, whatever they do."""
+
 
 class _Cancelled(BaseException):
     """Unwinds a forward that is cancelled; never leaves its thread."""
@@ -91,12 +94,11 @@ class ForwardThreads:
         Raises:
             BaseException: what an earlier forward raised.
         """
-        with self._state:
-            self._state.wait_for(lambda: self._num_running < self._max_running)
-            if not self._failed:
-                self._num_running += 1
+        self._wait_until(lambda: self._num_running < self._max_running)
         if self._failed:
             self.run()
+        with self._state:
+            self._num_running += 1
         thread = ForwardThread(len(self._threads), lambda thread: self._run(thread, forward))
         self._threads.append(thread)
         thread.start()
@@ -108,7 +110,9 @@ class ForwardThreads:
         thread.waiting_with = payload
         self._stop_running()
         thread.go.acquire()
-        if self._closed or thread.cancelled:
+        if self._closed:
+            thread.cancelled = True
+        if thread.cancelled:
             raise _Cancelled
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -142,22 +146,48 @@ class ForwardThreads:
                 while self._can_release() and self._num_running < self._max_running:
                     self._num_running += 1
                     self._released.popleft().go.release()
-                self._state.wait_for(lambda: self._num_running == 0)
+            self._wait_until(lambda: self._num_running == 0)
             if self._failed:
-                raise next(thread.error for thread in self._threads if thread.error is not None)
+                raise self._first_error()
             self._interrupts.check()
             if not self._released:
                 return
 
     def close(self) -> None:
         """End every thread, wherever its forward waits."""
+        self._end()
+        self._settings.restore()
+
+    def _end(self) -> None:
         self._closed = True
         for thread in self._threads:
             thread.go.release()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-        self._settings.restore()
+
+    def _wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait for the forwards that run.
+
+        They may wait themselves, for a lock that one which is held at a layer has taken. Only
+        when that one is ended does it give the lock back: after a failure all are, and a signal
+        is handled now and then, so that it can end them.
+        """
+        while True:
+            with self._state:
+                if self._state.wait_for(lambda: self._closed or ready(), timeout=_PATIENCE):
+                    return
+            if self._failed:
+                self._end()
+            else:
+                self._interrupts.check()
+
+    def _first_error(self) -> BaseException:
+        """Return what the forward raised that was started first; what unwinding raised is last."""
+        failed = [thread for thread in self._threads if thread.error is not None]
+        error = min(failed, key=lambda thread: thread.cancelled).error
+        assert error is not None
+        return error
 
     def _stop_running(self) -> None:
         """Let the next released thread run in place of this one."""
