@@ -117,7 +117,7 @@ class _LayerwisePass:
         bar = tqdm(
             total=len(task.layers), desc="layers complete", disable=not task.options.progress
         )
-        with observed(task.model, task.layers, self._on_input), self._tensors, bar:
+        with observed(task.model, task.layers, self._on_input), self._tensors.side_by_side(), bar:
             try:
                 counts = self._advance(partial(self._start, iter(batches)), bar.update)
             finally:

@@ -25,7 +25,7 @@ from bnstats.masked_reduction import masked_mean_and_m2
 from bnstats.masks import Mask, given_mask
 from bnstats.moments import Moments, merge_all
 from bnstats.recomputation.eager import eager
-from bnstats.recomputation.exclusive import check_not_of_loader, exclusively
+from bnstats.recomputation.exclusive import check_not_of_loader
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
@@ -216,7 +216,7 @@ def observed(
     The layers' own buffers are never written to: copies take their place meanwhile.
     """
     layers = list(layers)
-    with exclusively(model), modes_kept(model):
+    with modes_kept(model):
         buffers = [(x, x.running_mean, x.running_var) for x in layers]
 
         def checked(layer: ObservedLayer, input: Tensor) -> None:

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnstats.distributed import Peers, Sync
-from bnstats.errors import InvalidValueError
+from bnstats.distributed import Sync
 from bnstats.interrupts import Interrupts
 from bnstats.masks import Downsample
-from bnstats.recomputation.collector import one_pass
 from bnstats.recomputation.drift import compare
-from bnstats.recomputation.estimators import Pooled, averaged, moving_average
 from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.layer_stats import RunningStats, write_all
-from bnstats.recomputation.layerwise import layerwise
+from bnstats.recomputation.methods import (
+    MethodName,
+    OnNonfinite,
+    measured,
+    method_name,
+    prepared,
+    transaction,
+)
 from bnstats.recomputation.options import Options
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.recalibration import Recalibration
-from bnstats.recomputation.sweeps import sweeps
-from bnstats.recomputation.task import Method, Task, prepare
-from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
-
-MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
-OnNonfinite: TypeAlias = Literal["raise", "skip"]
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("pooled", one_pass, Pooled, samples=True),
-        Method("batch_average", one_pass, averaged),
-        Method("ema", one_pass, moving_average, merges=False),
-        Method("layerwise", layerwise, Pooled, holds_inputs=True, samples=True, in_order=True),
-        Method("sweeps", sweeps, Pooled, rereads=True, samples=True, in_order=True),
-    )
-}
-"""The one table of methods."""
+from bnstats.recomputation.task import Task
+from bnstats.traversal import ByLayer, Include
 
 _NOTHING = torch.empty(0, device="cpu")  # the result of a step that has none
 
@@ -182,7 +170,7 @@ def recompute_population_stats(
         (1973), "Stein's Estimation Rule and Its Competitors".
     """
     options = Options(
-        method=_method(method, prior),
+        method=method_name(method, prior),
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -198,22 +186,28 @@ def recompute_population_stats(
         prior=prior,
     )
     with Interrupts() as interrupts:
-        after, task = _measure(model, loader, options, interrupts)
-        layers = {x.name: x.module for x in task.layers if x.name in after}
-        before: ByLayer[RunningStats] = ByLayer()
-        try:
-            with task.peers.exchange(_NOTHING) as exchange:
-                task.give_warnings()
-                before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
-                drift = compare(before, after)
-                write_all(layers, after, before)
-                interrupts.check()
-                exchange.send(_NOTHING)
-        except BaseException:
-            # An error here or in another process: either all are written, or none.
-            for name, running in before.items():
-                running.write_to(layers[name])
-            raise
+        task = prepared(model, loader, options, interrupts)
+        with transaction(task):
+            return _write(task, measured(task))
+
+
+def _write(task: Task, after: PopulationStats) -> Recalibration:
+    """Write what was measured, in all processes or in none."""
+    layers = {x.name: x.module for x in task.layers if x.name in after}
+    before: ByLayer[RunningStats] = ByLayer()
+    try:
+        with task.peers.exchange(_NOTHING) as exchange:
+            task.give_warnings()
+            before.update((name, RunningStats.of(layer)) for name, layer in layers.items())
+            drift = compare(before, after)
+            write_all(layers, after, before)
+            task.interrupts.check()
+            exchange.send(_NOTHING)
+    except BaseException:
+        # An error here or in another process: either all are written, or none.
+        for name, running in before.items():
+            running.write_to(layers[name])
+        raise
     return Recalibration(before, after, drift, layers)
 
 
@@ -250,7 +244,7 @@ def measure_population_stats(
         True
     """
     options = Options(
-        method=_method(method, prior),
+        method=method_name(method, prior),
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -267,34 +261,9 @@ def measure_population_stats(
         writes=False,
     )
     with Interrupts() as interrupts:
-        stats, task = _measure(model, loader, options, interrupts)
+        task = prepared(model, loader, options, interrupts)
+        with transaction(task):
+            stats = measured(task)
+            interrupts.check()
     task.give_warnings()
     return stats
-
-
-def _method(method: str | None, prior: PopulationStats | None) -> str:
-    if method is None:
-        return "pooled" if prior is None else "layerwise"
-    return method
-
-
-def _measure(
-    model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
-) -> tuple[PopulationStats, Task]:
-    """Measure, and return the statistics and what was measured."""
-    peers, method = Peers.of(options.sync), options.method
-    with peers.agreement() as agreement:
-        if not isinstance(method, str) or method not in METHODS:
-            raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
-        agreement.send(task.description)
-    if not task.layers:
-        if task.frozen:
-            task.warnings.append(
-                f"all {len(task.frozen)} BatchNorm layers are frozen, or in evaluation mode while "
-                f"the model trains, and are left alone: {first_names(task.frozen)}"
-            )
-        else:
-            task.warnings.append(no_batchnorm(task.model, options.include))
-        return PopulationStats({}, method=method, frozen=task.frozen), task
-    return task.method.measure(task), task
