@@ -90,3 +90,15 @@ def test_a_loader_that_runs_the_measured_model_is_refused_and_a_copy_is_not(meth
     assert_untouched(model, before)
     loader = PseudoLabels(copy.deepcopy(model))
     bnstats.recompute_population_stats(model, loader, method=method)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("method", ["pooled", "batch_average", "ema", "layerwise", "sweeps"])
+def test_a_lazy_layer_of_any_class_is_refused_and_stays_lazy(method):
+    # It would be measured behind random weights, which a failure would leave in the model.
+    model = nn.Sequential(nn.LazyLinear(3), nn.BatchNorm1d(3))
+    with pytest.raises(InvalidTypeError, match=r"layer '0' \(LazyLinear\) is lazy.*one forward"):
+        bnstats.recompute_population_stats(model, [torch.randn(4, 2)], method=method)
+    assert model[0].has_uninitialized_params()
+    model(torch.randn(4, 2))
+    bnstats.recompute_population_stats(model, [torch.randn(4, 2)], method=method)

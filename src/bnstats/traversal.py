@@ -208,6 +208,11 @@ def check_layer(name: str, module: nn.Module) -> None:
             f"layer '{name}' ({type(module).__name__}): expected running statistics that are "
             "buffers, got parameters: use register_buffer, as nn.BatchNorm does"
         )
+    check_materialized(name, module)
+
+
+def check_materialized(name: str, module: nn.Module) -> None:
+    """Refuse a lazy layer whose features are not known yet."""
     unready = getattr(module, "has_uninitialized_params", None)
     if unready is not None and unready():
         raise InvalidTypeError(

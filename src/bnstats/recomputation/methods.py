@@ -18,8 +18,9 @@ from bnstats.recomputation.layerwise import layerwise
 from bnstats.recomputation.options import Options
 from bnstats.recomputation.own_tensors import buffers_kept_on_failure
 from bnstats.recomputation.population import PopulationStats
+from bnstats.recomputation.preparation import prepare
 from bnstats.recomputation.sweeps import sweeps
-from bnstats.recomputation.task import Method, Task, prepare
+from bnstats.recomputation.task import Method, Task
 from bnstats.traversal import first_names, no_batchnorm
 
 MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]

@@ -1,31 +1,26 @@
-"""A measurement with its arguments checked and resolved: the input of every method."""
+"""A measurement with its arguments resolved: the input of every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnstats.arguments import check_has_values, check_module, check_writable
-from bnstats.distributed import Peers, communicates, is_dtensor
-from bnstats.errors import InvalidTypeError, InvalidValueError, warn
-from bnstats.freezing import frozen_layers
+from bnstats.distributed import Peers, communicates
+from bnstats.errors import InvalidValueError, warn
 from bnstats.interrupts import Interrupts
-from bnstats.recomputation.batches import Reader, default_device
+from bnstats.recomputation.batches import Reader
 from bnstats.recomputation.estimators import Estimator, Pooled
-from bnstats.recomputation.forwards import BatchForward, DefaultForward, MaskedForward
-from bnstats.recomputation.loaders import check_loader
+from bnstats.recomputation.forwards import BatchForward
 from bnstats.recomputation.observer import ObservedLayer
-from bnstats.recomputation.options import Options, check_options
+from bnstats.recomputation.options import Options
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.prior import Prior
 from bnstats.reduction import wide_dtype
-from bnstats.traversal import named_batchnorms, unwrap
 
 
 @dataclass(frozen=True)
@@ -177,124 +172,3 @@ def _with_index(device: torch.device | str) -> torch.device:
 
 
 _NO_MORE = object()
-
-
-def prepare(
-    model: nn.Module,
-    loader: Iterable[Any],
-    method: Method,
-    options: Options,
-    peers: Peers,
-    interrupts: Interrupts,
-) -> Task:
-    """Check all arguments, and return them as a task."""
-    check_module(model, loader, "model, loader")
-    inner = unwrap(model)
-    check_options(options)
-    check_prior(method, options)
-    check_memory_limit(method, options)
-    check_loader(loader, method.name, rereads=method.rereads)
-    check_mergeable(method, peers)
-    chosen, frozen = choose_layers(inner, method, options)
-    own = BatchForward(
-        DefaultForward(inner) if options.forward is None else partial(options.forward, inner)
-    )
-    forward: Callable[[Any], Any] = own
-    if options.mask is not None:
-        forward = MaskedForward(own, options.mask, options.downsample)
-    return Task(
-        model=inner,
-        layers=chosen,
-        frozen=frozen,
-        loader=loader,
-        forward=forward,
-        device=default_device(inner) if options.device is None else options.device,
-        method=method,
-        options=options,
-        prior=None if options.prior is None else Prior(options.prior, chosen),
-        peers=peers,
-        interrupts=interrupts,
-        own_forward=own,
-    )
-
-
-def choose_layers(
-    model: nn.Module, method: Method, options: Options
-) -> tuple[tuple[ObservedLayer, ...], tuple[str, ...]]:
-    """Return the layers to measure, and the names of those left alone."""
-    samples = method.samples and not (options.writes and options.prior is None)
-    layers = named_batchnorms(model, options.include)
-    check_has_values(layers)
-    frozen = frozen_layers(model, layers)
-    chosen = tuple(
-        ObservedLayer.of(n, x, samples=samples) for n, x in layers.items() if n not in frozen
-    )
-    check_sharding(model, chosen, method)
-    check_own_statistics(chosen)
-    if options.writes:
-        for layer in chosen:
-            check_writable(layer.name, layer.module, layer.module.buffers(recurse=False))
-    return chosen, frozen
-
-
-def check_memory_limit(method: Method, options: Options) -> None:
-    """Refuse a limit for methods that hold nothing."""
-    if options.memory_limit is not None and not method.holds_inputs:
-        raise InvalidValueError(
-            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
-        )
-
-
-def check_prior(method: Method, options: Options) -> None:
-    """Refuse what cannot be done together with a prior."""
-    if options.prior is None:
-        return
-    if not method.in_order:
-        raise InvalidValueError(
-            "prior: each layer is to be measured behind layers that are adapted already: expected "
-            f'method="layerwise" (the default with a prior) or "sweeps", got "{method.name}"'
-        )
-    if options.tolerance is not None:
-        raise InvalidValueError(
-            "tolerance: expected None with a prior, whose weight already follows from the errors; "
-            "limit what is read by max_batches"
-        )
-
-
-def check_own_statistics(layers: Iterable[ObservedLayer]) -> None:
-    """Refuse layers that keep their statistics in one tensor, of which each needs others."""
-    names: dict[int, str] = {}
-    for layer in layers:
-        for statistic in (layer.running_mean, layer.running_var):
-            first = names.setdefault(statistic.data_ptr(), layer.name)
-            if first != layer.name and statistic.numel():
-                raise InvalidValueError(
-                    f"layers '{first}' and '{layer.name}' share a tensor of running statistics: "
-                    "expected each layer to have its own; clone those of one, or choose one by "
-                    "include"
-                )
-
-
-def check_sharding(model: nn.Module, layers: Iterable[ObservedLayer], method: Method) -> None:
-    """Refuse methods that cannot run while forwards have collectives of their own."""
-    for layer in layers:
-        if is_dtensor(layer.running_mean) or is_dtensor(layer.running_var):
-            raise InvalidTypeError(
-                f"layer '{layer.name}' keeps its running statistics in DTensors: expected plain "
-                "tensors, as fully_shard leaves them"
-            )
-    if method.holds_inputs and communicates(model):
-        raise InvalidValueError(
-            f'method: "{method.name}" runs several forwards side by side, and those of a sharded '
-            "model (fully_shard, FullyShardedDataParallel, DTensor parameters) wait for other "
-            'processes; use method="sweeps", which finds the same statistics'
-        )
-
-
-def check_mergeable(method: Method, peers: Peers) -> None:
-    """Refuse a method whose results cannot be merged over processes."""
-    if peers.size > 1 and not method.merges:
-        raise InvalidValueError(
-            'sync: moving averages of several processes do not merge; method="pooled" and '
-            '"batch_average" do, and sync=False keeps to this process'
-        )
