@@ -123,6 +123,31 @@ def test_several_inputs_in_a_batch_are_refused_and_not_cut_down_to_the_first(bat
         bnstats.measure_population_stats(nn.BatchNorm1d(3), [batch], method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_several_images_of_bytes_are_refused_too(method):
+    views = list(torch.randint(0, 255, (2, 4, 3), dtype=torch.uint8))
+    batch, forward = (views, torch.zeros(4)), lambda model, batch: model(batch[0][0].float())
+    with pytest.raises(InvalidTypeError, match=r"2 .*tensors of several axes.*forward=lambda"):
+        bnstats.measure_population_stats(nn.BatchNorm1d(3), [batch], method=method)
+    stats = bnstats.measure_population_stats(
+        nn.BatchNorm1d(3), [batch], method=method, forward=forward
+    )
+    assert stats[""].count == 4
+
+
+def test_ids_with_their_lengths_are_no_several_inputs():
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.bn = nn.Embedding(9, 3), nn.BatchNorm1d(3)
+
+        def forward(self, ids):
+            return self.bn(self.embedding(ids).transpose(1, 2))
+
+    batch = ((torch.randint(9, (4, 5)), torch.tensor([5, 3, 4, 5])), torch.zeros(4))
+    assert bnstats.measure_population_stats(Embedded(), [batch])["bn"].count == 20
+
+
 def test_inputs_with_labels_and_an_index_are_no_several_inputs():
     x = torch.randn(8, 3)
     batch = ((x, torch.zeros(8, dtype=torch.long)), torch.arange(8))

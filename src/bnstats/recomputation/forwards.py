@@ -125,15 +125,21 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         raise InvalidValueError("a batch is an empty sequence: expected its input first")
     first = batch[0]
     if _is_sequence(first):
-        inputs = [x for x in first if isinstance(x, Tensor) and x.is_floating_point()]
+        inputs = [x for x in first if isinstance(x, Tensor) and _is_input(x)]
         if len(inputs) > 1:
             raise InvalidTypeError(
                 f"a batch begins with a {type(first).__name__} of {len(inputs)} floating-point "
-                "tensors, and which of them the model takes is not known; pass "
+                "tensors or tensors of several axes, and which of them the model takes is not "
+                "known; pass "
                 "forward=lambda model, batch: ..., for example model(batch[0]) or "
                 "[model(view) for view in batch[0]]"
             )
     return _arguments(first)
+
+
+def _is_input(tensor: Tensor) -> bool:
+    # Not labels, lengths or indices: one whole number for each sample.
+    return tensor.is_floating_point() or tensor.dim() > 1
 
 
 def _is_sequence(value: Any) -> bool:

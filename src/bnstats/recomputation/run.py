@@ -89,7 +89,8 @@ def recompute_population_stats(
         loader: an iterable of batches, for example a DataLoader. A batch is a tensor; a tuple or
             list, of which the first element goes in, by the same rules; a mapping of keyword
             arguments. What has a ``to`` method moves to the device, at any depth. A first
-            element of several floating-point tensors (two views, for example) is refused.
+            element of several tensors (two views, for example) is refused, but for tensors of
+            whole numbers with one axis, such as labels or lengths.
         method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
         forward: ``forward(model, batch)`` for everything else, for example under autocast; with
             ``torch.func.functional_call`` it may bring parameters, and no buffers.
