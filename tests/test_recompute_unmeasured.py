@@ -117,3 +117,33 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
 def test_a_correction_that_is_no_whole_number_is_refused_before_it_cannot_be_saved():
     with pytest.raises(InvalidValueError, match=r"correction: .*1\.0"):
         bnstats.measure_population_stats(trained(), uneven(), correction=1.0)
+
+
+class Pruned(nn.Module):
+    """Has a layer that pruning has left no channel of."""
+
+    def __init__(self, runs, axes):
+        super().__init__()
+        # With a weight torch itself cannot run it.
+        self.pruned, self.bn = nn.BatchNorm1d(0, affine=not runs), nn.BatchNorm1d(3)
+        self.runs, self.axes = runs, axes
+
+    def forward(self, x):
+        if self.runs:
+            self.pruned(x.new_zeros(len(x), 0, *[2] * self.axes))
+        return self.bn(x)
+
+
+@pytest.mark.parametrize(("runs", "axes"), [(False, 0), (True, 0), (True, 1)])
+@pytest.mark.parametrize("include", [None, lambda *_: True])
+@pytest.mark.parametrize("method", ALL_METHODS)
+def test_a_layer_without_channels_is_left_alone(method, include, runs, axes):
+    model = Pruned(runs, axes)
+    options = {"method": method, "include": include}
+    result = bnstats.recompute_population_stats(model, list(torch.randn(3, 4, 3)), **options)
+    assert {name: stats.count for name, stats in result.after.items()} == {"bn": 12}
+
+
+def test_a_model_of_layers_without_channels_alone_is_told_so():
+    with pytest.warns(BnstatsWarning, match="1 BatchNorm1d without channels"):
+        bnstats.recompute_population_stats(nn.BatchNorm1d(0), [torch.randn(4, 0)])

@@ -158,6 +158,7 @@ def keeps_statistics(module: nn.Module) -> bool:
         and isinstance(var, Tensor)
         and mean.dim() == 1
         and mean.shape == var.shape
+        and mean.numel() > 0  # pruning may leave no channel
         and isinstance(getattr(module, "eps", None), (int, float))
     )
 
@@ -189,6 +190,8 @@ def _instead(module: nn.Module) -> str | None:
             return None
         return f"{name} in TorchScript, which runs no hooks: measure before torch.jit.script"
     if isinstance(module, _BatchNorm):
+        if isinstance(module.running_mean, Tensor) and not module.running_mean.numel():
+            return f"{name} without channels"
         return f"{name} without running statistics (track_running_stats=False)"
     if keeps_statistics(module):
         return f"{name}, served where include(name, module) is True"
