@@ -234,6 +234,19 @@ def test_a_device_may_be_named():
     assert seen == ["meta"]
 
 
+def test_batches_go_where_the_first_parameter_is_that_is_not_offloaded():
+    # Offloaded parameters are on the meta device until their module runs.
+    model = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.BatchNorm1d(3))
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch.device.type)
+        model[1](batch)
+
+    bnstats.measure_population_stats(model, [torch.randn(4, 3)], forward=forward)
+    assert seen == ["cpu"]
+
+
 ALL_METHODS = ["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 
 
@@ -342,3 +355,20 @@ def test_layers_around_a_part_in_torchscript_are_measured(method):
     model = nn.Sequential(nn.BatchNorm1d(3), scripted, nn.BatchNorm1d(3))
     stats = bnstats.measure_population_stats(model, torch.randn(40, 3).split(10), method=method)
     assert [*stats] == ["0", "2"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_the_models_error_for_a_nested_tensor_is_its_own_with_the_note(layout):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            raise RuntimeError("nothing for nested tensors")
+
+    batch = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=layout)
+    with pytest.raises(RuntimeError, match="nothing for nested tensors") as caught:
+        bnstats.measure_population_stats(Model(), [batch])
+    assert "bnstats called Model(float32" in caught.value.__notes__[0]

@@ -127,8 +127,12 @@ _NO_MORE = object()
 
 
 def default_device(model: nn.Module) -> torch.device | None:
-    """Return where the model's first parameter is, or its first buffer."""
-    return next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    """Return where the model's first parameter is, or its first buffer.
+
+    What is on the meta device may be offloaded, and counts only where all is.
+    """
+    devices = [t.device for t in chain(model.parameters(), model.buffers())]
+    return next((x for x in devices if x.type != "meta"), devices[0] if devices else None)
 
 
 def move_to(batch: Any, device: torch.device | str | None) -> Any:

@@ -96,8 +96,8 @@ class DefaultForward:
         return result
 
     def _note(self, positional: tuple[Any, ...], keywords: Mapping[str, Any]) -> str:
-        shapes = [tuple(x.shape) for x in positional if isinstance(x, Tensor)]
-        hint = "".join(map(describe_channels_last, shapes[:1]))
+        shapes = [_shape(x) for x in positional if isinstance(x, Tensor)]
+        hint = "".join(describe_channels_last(x) for x in shapes[:1] if x is not None)
         named = (f"{key}={_describe(value)}" for key, value in keywords.items())
         arguments = ", ".join([*map(_describe, positional), *named])
         return (
@@ -149,8 +149,17 @@ def _is_sequence(value: Any) -> bool:
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        shape = _shape(value)
+        described = "of no single shape" if shape is None else str(shape)
+        return f"{str(value.dtype).removeprefix('torch.')} {described}"
     return type(value).__name__
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return a tensor's shape; None where it has none, as a nested one."""
+    if tensor.is_nested:
+        return None
+    return tuple(tensor.shape)
 
 
 def _add_note(error: Exception, note: str) -> None:

@@ -94,7 +94,8 @@ def recompute_population_stats(
         method: see above; by default ``"pooled"``, with a prior ``"layerwise"``.
         forward: ``forward(model, batch)`` for everything else, for example under autocast; with
             ``torch.func.functional_call`` it may bring parameters, and no buffers.
-        device: where batches go; by default where the model's first parameter is.
+        device: where batches go; by default where the model's first parameter is that is not on
+            the meta device.
         max_batches: stop after this many batches.
         tolerance: stop reading as soon as, in every layer that was reached, the
             root-mean-square over channels of the standard error of the mean (in standard
