@@ -510,3 +510,23 @@ def test_two_measurements_at_once_leave_the_number_of_threads_as_it_was(first_to
         assert (torch.get_num_threads(), number_in_a_new_thread()) == (2, 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_system_without_more_threads_is_told_with_the_remedy(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def failing(thread):
+        if thread.name.startswith("bnstats"):
+            if len(started) == 4:
+                raise RuntimeError("can't start new thread")
+            started.append(thread)
+        start(thread)
+
+    model = trained()
+    before = snapshot(model)
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    says = r'batch 4 \(counted from 0\).*method="sweeps".*max_batches'
+    with pytest.raises(RuntimeError, match=says) as caught:
+        measure(model, uneven() * 2)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert_untouched(model, before)

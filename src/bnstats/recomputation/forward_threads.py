@@ -93,6 +93,7 @@ class ForwardThreads:
 
         Raises:
             BaseException: what an earlier forward raised.
+            RuntimeError: there can be no more threads.
         """
         self._wait_until(lambda: self._num_running < self._max_running)
         if self._failed:
@@ -101,7 +102,14 @@ class ForwardThreads:
             self._num_running += 1
         thread = ForwardThread(len(self._threads), lambda thread: self._run(thread, forward))
         self._threads.append(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"batch {thread.index} (counted from 0) got no thread of its own, and those before "
+                'it hold theirs until they end: use method="sweeps", which needs none, or fewer '
+                "batches (max_batches)"
+            ) from error
 
     def wait(self, payload: Any) -> None:
         """Wait, in the thread of a forward, until it is released."""
