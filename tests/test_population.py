@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,18 @@ def test_what_does_not_merge_says_so():
         measured().merge(measured(correction=0))
     with pytest.raises(InvalidTypeError, match="got dict"):
         measured().merge({})
+    layers = {name: replace(layer, eps=1e-3) for name, layer in measured().items()}
+    with pytest.raises(LayerMismatchError, match=r"'0' has eps 1e-05 here and 0\.001"):
+        measured().merge(PopulationStats(layers))
+
+
+def test_a_layer_that_one_has_measured_is_not_frozen_after_a_merge():
+    net, x = model(), torch.randn(8, 3)
+    net[0].eval()
+    frozen = bnstats.measure_population_stats(net, [x])
+    assert frozen.frozen == ("0",)
+    both = frozen.merge(bnstats.measure_population_stats(net.train(), [x]))
+    assert (both.frozen, [*both], both["2"].count) == ((), ["2", "0"], 16)
 
 
 def test_statistics_without_a_layer_in_common_do_not_merge_and_empty_ones_change_nothing():

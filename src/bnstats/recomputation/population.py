@@ -143,8 +143,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         Raises:
             InvalidTypeError: not PopulationStats.
             InvalidValueError: not both are pooled: averages over batches do not merge.
-            LayerMismatchError: there is no layer in common, or one has other channels or another
-                correction in the other.
+            LayerMismatchError: there is no layer in common, or one has other channels, another
+                correction or another eps in the other.
         """
         check_population("merge", other)
         if (self.method, other.method) != ("pooled", "pooled"):
@@ -158,7 +158,7 @@ class PopulationStats(Mapping[str, LayerStats]):
                 f"{first_names(self)} here and {first_names(other)} in the other"
             )
         merged = {**self, **other}
-        for name in self.keys() & other.keys():
+        for name in filter(other.__contains__, self):  # in order: the first speaks
             mine, theirs = self[name], other[name]
             if (mine.num_features, mine.correction) != (theirs.num_features, theirs.correction):
                 raise LayerMismatchError(
@@ -166,8 +166,15 @@ class PopulationStats(Mapping[str, LayerStats]):
                     f"{mine.correction}) here and {theirs.num_features} (correction "
                     f"{theirs.correction}) in the other"
                 )
+            if mine.eps != theirs.eps:
+                raise LayerMismatchError(
+                    f"merge: layer '{name}' has eps {mine.eps:g} here and {theirs.eps:g} in the "
+                    "other: expected statistics of the same layer; set the eps of one by "
+                    "dataclasses.replace(stats[name], eps=...)"
+                )
             merged[name] = mine.merge(theirs)
-        frozen = dict.fromkeys(self.frozen + other.frozen)  # without repetitions, in order
+        # Without repetitions, in order, and without what the other one has measured.
+        frozen = dict.fromkeys(x for x in self.frozen + other.frozen if x not in merged)
         num_skipped = self.num_skipped + other.num_skipped
         return PopulationStats(merged, num_skipped=num_skipped, frozen=frozen)
 
