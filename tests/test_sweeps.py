@@ -325,6 +325,28 @@ def test_a_layer_never_reached_is_left_alone():
     np.testing.assert_equal([*stats], ["used"])
 
 
+def test_a_layer_that_only_the_first_reading_reaches_is_told_so():
+    class Draws:
+        """Takes the detour in its first reading alone."""
+
+        num_reads = 0
+
+        def __iter__(self):
+            self.num_reads += 1
+            return iter(signed([-1, 1 if self.num_reads == 1 else -1]))
+
+    model = Branching(["first", "detour", "last"])
+    model.spare = nn.BatchNorm1d(3)
+    with pytest.warns(BnstatsWarning) as caught:
+        stats = measure(model, Draws())
+    assert [*stats] == ["first", "last"]
+    missed, unseen = (str(warning.message) for warning in caught)
+    assert "read first, and none did when it was read again" in missed
+    assert "'detour'" in missed
+    assert "layerwise" in missed
+    assert unseen == "no batch reached these layers, which keep their statistics: 'spare'"
+
+
 @pytest.mark.parametrize(
     "leave",
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from bnstats.errors import (
@@ -17,13 +19,20 @@ from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.task import Task
 
 
-def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> PopulationStats:
+def population_stats(
+    task: Task,
+    counts: BatchCounts,
+    estimate: Estimate,
+    reached_before: Collection[ObservedLayer] = (),
+) -> PopulationStats:
     """Return the statistics of every layer that saw values; a warning tells of the others.
 
     Args:
         task: what was measured.
         counts: how many batches there were.
         estimate: of all layers of the task, their channels laid end to end.
+        reached_before: layers that an earlier reading has reached, of which nothing is known if
+            the one that was to measure them did not.
     """
     check_counts(counts)
     channels = [layer.num_features for layer in task.layers]
@@ -37,7 +46,9 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
             unseen.append(layer)
         else:
             stats[layer.name] = layer_stats(layer, part, task.correction_of(layer))
-    if unseen:
+    if missed := [layer for layer in unseen if layer in reached_before]:
+        task.warnings.append(_about_missed(missed))
+    if unseen := [layer for layer in unseen if layer not in reached_before]:
         task.warnings.append(_about_unseen(task, unseen))
     if task.own_forward is not None and not task.options.writes:  # to write them is an error
         for layer in task.layers:
@@ -50,6 +61,15 @@ def population_stats(task: Task, counts: BatchCounts, estimate: Estimate) -> Pop
         method=task.method.name,
         num_skipped=int(counts.num_skipped),
         frozen=task.frozen,
+    )
+
+
+def _about_missed(missed: list[ObservedLayer]) -> str:
+    names = ", ".join(repr(layer.name) for layer in missed)
+    return (
+        "batches reached these layers when the loader was read first, and none did when it was "
+        f'read again to measure them; they keep their statistics: {names}; method="layerwise" '
+        "reads once"
     )
 
 

@@ -72,13 +72,15 @@ class _Sweeps:
             counts, estimate = collect(task, collector, survey.forward)
             check_counts(counts)
             self._update(task.layers, estimate)
-            for number, level in enumerate(survey.levels()):
+            levels = survey.levels()
+            for number, level in enumerate(levels):
                 # The survey has measured the layers that depend on no other.
                 if number > 0 or level.circular:
                     counts = self._complete(level, counts)
                 bar.update(len(level.layers))
         columns = zip(*(self._estimates[layer] for layer in task.layers), strict=True)
-        return population_stats(task, counts, Estimate(*map(torch.cat, columns)))
+        surveyed = {layer for level in levels for layer in level.layers}
+        return population_stats(task, counts, Estimate(*map(torch.cat, columns)), surveyed)
 
     def _complete(self, level: DependencyLevel, counts: BatchCounts) -> BatchCounts:
         """Sweep until the statistics of a level's layers no longer change."""
