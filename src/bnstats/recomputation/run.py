@@ -74,13 +74,22 @@ def recompute_population_stats(
       its batches: about the largest layer's input, and what skips over it, times the number of
       batches. As other batches run in between, the forward must not keep anything on the model
       from one layer to the next, replace its parameters (``functional_call``) or hold a lock, and
-      random numbers that it draws come in any order. A layer that only some batches reach is
-      completed with those, once no batch can go on otherwise. A sharded model is refused.
+      random numbers that it draws come in any order. Nor may it enter a context of the whole
+      process around a layer (flags of ``torch.backends``, ``warnings.catch_warnings``), which the
+      batches would leave in another order than they entered it, or read a layer's running
+      statistics before the layer runs, as ``torch.ao``'s ConvBn2d does: use ``"sweeps"``. A layer
+      that only some batches reach is completed with those, once no batch can go on otherwise. A
+      sharded model is refused.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as nothing is left to measure: at most about
       one half of a forward per layer, fewer where layers do not depend on each other. Layers
       that do, for example a layer that is called twice, are swept until nothing changes. A
       loader may shuffle or augment: each layer is then measured on another draw of the data.
+      What a model keeps from batch to batch is as the sweeps before have left it, not as in one
+      reading of the data.
+
+    A layer's statistics are those of what it is called with: a subclass that changes its input
+    before ``super().forward`` is measured on the input as it came.
 
     Args:
         model: any Module; DistributedDataParallel, DataParallel, FullyShardedDataParallel,
@@ -112,8 +121,8 @@ def recompute_population_stats(
             running statistics, as torchvision's FrozenBatchNorm2d; by default these keep theirs.
         correction: 1 for unbiased variances, 0 for biased; with a prior, or about zero, always 0.
         on_nonfinite: ``"raise"`` an error for a batch whose statistics are not finite in some
-            layer, or ``"skip"`` it for all layers (with ``"layerwise"`` from the layer on where
-            it is not finite: earlier ones have counted it).
+            layer, or ``"skip"`` it for all layers (with ``"layerwise"`` and ``"sweeps"`` from the
+            layer on where it is not finite: earlier ones may have counted it).
         sync: with whom to merge by torch.distributed: a process group, all processes (True),
             no other (False), or all if there are several (None). Every process ends with the
             same bits, with any numbers of batches (except for a sharded model, whose forwards
