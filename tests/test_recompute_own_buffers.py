@@ -36,6 +36,8 @@ class Counter(nn.Module):
             self.n[:, :1] += 1
         elif self.how == "deleted":
             self._buffers.pop("n", None)
+        elif self.how == "cleared":
+            self.n = None
         return x
 
 
@@ -63,7 +65,7 @@ def model_of(part, error=None):
     "make",
     [
         *(lambda how=how: Counter(how) for how in ["in place", "by data", "replaced", "both"]),
-        *(lambda how=how: Counter(how) for how in ["expanded", "deleted"]),
+        *(lambda how=how: Counter(how) for how in ["expanded", "deleted", "cleared"]),
         MinMaxObserver,
         lambda: PerChannelMinMaxObserver(ch_axis=1),  # it resizes its buffers in place
         lambda: torch.jit.script(Scripted()),

@@ -71,7 +71,7 @@ class OwnTensors:
     def put_back_buffers(self) -> None:
         """Put back every buffer that was replaced or removed."""
         for now, key, own in self._buffers:
-            if key not in now:
+            if now.get(key) is None:
                 now[key] = own
         for now, key, own, _ in self._replaced_buffers():
             now[key] = own
