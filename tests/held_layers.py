@@ -1,6 +1,7 @@
 """Held and frozen layers in replicas and in sharded models: scenarios for several processes."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -114,7 +115,26 @@ def sharded_models_hold_and_freeze(name):
     return scenario
 
 
+def a_cumulative_average_goes_on_from_what_a_collective_wrote(rank, world):
+    """As timm's distribute_bn writes: into the buffers, which counts as no write of torch's."""
+    layer = bnstats.CumulativeBatchNorm1d(3)
+    for _ in range(4):
+        layer(torch.randn(16, 3) + 10 * rank)
+    for name, buffer in layer.named_buffers():
+        if "running" in name:
+            dist.broadcast(buffer, 0)
+    first = layer.running_mean.clone()
+    layer(torch.full((16, 3), 2.0))
+    torch.testing.assert_close(layer.running_mean, (first * 4 + 2) / 5)
+    layer.double()
+    torch.testing.assert_close(layer.running_mean.float(), (first * 4 + 2) / 5)
+
+
 SCENARIOS = {
+    "a_cumulative_average_goes_on_from_what_a_collective_wrote": (
+        a_cumulative_average_goes_on_from_what_a_collective_wrote
+    ),
+} | {
     f"{scenario.__name__}[{name}]": scenario(name)
     for scenario in (
         replicas_hold,

@@ -269,6 +269,15 @@ COPIES = {
 }
 
 
+def test_a_layer_whose_statistics_were_taken_away_still_moves():
+    # As TENT and torch.func.replace_all_batch_norm_modules_ do.
+    layer = make()
+    layer.track_running_stats = False
+    layer.running_mean = layer.running_var = None
+    layer.to("cpu").double()
+    assert layer(torch.randn(8, layer.num_features).double()).dtype == torch.float64
+
+
 class TestState:
     """What is saved, copied or converted goes on as if nothing had been."""
 

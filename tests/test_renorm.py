@@ -159,6 +159,44 @@ def test_a_forward_that_runs_again_gets_the_r_and_d_that_it_had(use_reentrant):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("same", [False, True])
+def test_forwards_of_nearly_one_mean_on_both_sides_of_the_warm_ups_end_are_told_apart(
+    use_reentrant, same
+):
+    layer = bnstats.RenormBatchNorm1d(4, momentum=0.1, warmup=1, ramp=0)
+    narrow, wide = torch.randn(64, 4, 16) * 0.3 + 5, torch.randn(64, 4, 16) + 5
+    weights, grads = torch.randn(2, 64, 4, 16), []
+    for repeats in (False, True):
+        own, inputs = copy.deepcopy(layer), [narrow.clone(), (narrow if same else wide).clone()]
+
+        def run(x, own=own, repeats=repeats):
+            return checkpoint(own, x, use_reentrant=use_reentrant) if repeats else own(x)
+
+        outputs = [run(x.requires_grad_()) for x in inputs]
+        sum((y.square() * w).sum() for y, w in zip(outputs, weights, strict=True)).backward()
+        grads.append([x.grad for x in inputs])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("how", ["reset", "load"])
+def test_a_second_warm_up_ends_as_the_first(use_reentrant, how):
+    layer = bnstats.RenormBatchNorm1d(4, warmup=4, ramp=4)
+    start = copy.deepcopy(layer.state_dict())
+    first = []
+    for turn in range(2):
+        torch.manual_seed(1)
+        for step in range(20):
+            x = torch.randn(8, 4, requires_grad=True)
+            checkpoint(layer, x, use_reentrant=use_reentrant).pow(3).sum().backward()
+            if turn == 0:
+                first.append(x.grad)
+            else:
+                torch.testing.assert_close(x.grad, first[step])
+        layer.reset_running_stats() if how == "reset" else layer.load_state_dict(start)
+
+
 @pytest.mark.parametrize("held", [False, True])
 def test_one_batch_that_goes_through_twice_gets_each_forwards_own_r_and_d(held):
     # As in R-Drop and consistency losses.

@@ -41,8 +41,9 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
 
     The recursion runs in ``exact_mean`` and ``exact_var``, in float64: a float32 average of
     many batches stops following them. The running statistics are rounded from there after each
-    batch. What others write to them counts: the recursion goes on from it. A
-    ``num_batches_tracked`` that others set to 0 starts it anew.
+    batch. What others write to them counts: the recursion goes on from it (not from what comes by
+    ``.data`` or a numpy view, which torch does not count as a write). A ``num_batches_tracked``
+    that others set to 0 starts it anew.
 
     An empty batch, a batch whose statistics are not finite, and any batch with momentum 0 change
     nothing. Running statistics move once per training forward, also under activation
@@ -185,7 +186,9 @@ class CumulativeBatchNorm(RunningStatsBatchNorm):
             self.num_values_tracked.mul_(num_batches[0] != 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        tracks = self.exact_mean is not None
+        # Others may have taken the running statistics away (torch.func's patch of batch norm).
+        running = (self.exact_mean, self.running_mean, self.running_var)
+        tracks = all(buffer is not None for buffer in running)
         if tracks and not self._versions.know(self._shown()):
             self._reconcile()
         module = super()._apply(fn, recurse)

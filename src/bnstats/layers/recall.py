@@ -22,6 +22,10 @@ SAME = 0.01
 """Relative distance up to which two keys can be one batch's, computed twice. On most devices they
 are equal to the bit; some kernels add up in an order that varies."""
 
+TIED = 1e-5
+"""Relative difference of distances up to which two forwards are as near: rounding, which depends on
+how the batch's mean was computed."""
+
 REMEDY = f"run backward at most {REMEMBERED} forwards later"
 
 
@@ -29,6 +33,7 @@ REMEDY = f"run backward at most {REMEMBERED} forwards later"
 class _Forward:
     key: Tensor
     value: Tensor
+    plain: bool
     waits: Tensor | None = None
     """Whether it is yet to run again, of shape (); None until the first one ran again."""
 
@@ -37,38 +42,40 @@ class Recall(Referable):
     """A value for each of the last forwards, by a vector that identifies the forward's batch.
 
     A copy or an unpickled one is empty.
-
-    Args:
-        before: the rows of the value of forwards before the first that was remembered; None
-            where every forward was.
     """
 
-    def __init__(self, before: tuple[float, ...] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._before = before
         self._forwards: deque[_Forward] = deque(maxlen=REMEMBERED)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recall:
-        return Recall(self._before)
+        return Recall()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Recall, (self._before,)
+        return Recall, ()
 
     @property
     def last(self) -> Tensor | None:
         """The value of the latest forward."""
         return self._forwards[-1].value if self._forwards else None
 
-    def remember(self, key: Tensor, value: Tensor) -> None:
-        """Keep the value of a forward."""
-        self._forwards.append(_Forward(key, value))
+    def remember(self, key: Tensor, value: Tensor, *, plain: bool = False) -> None:
+        """Keep the value of a forward; a plain one is recognized by :meth:`repeats_plain`."""
+        self._forwards.append(_Forward(key, value, plain))
 
-    def begins_after(self, key: Tensor) -> bool:
-        """Ask, on the host, whether a forward came before all that were ever remembered."""
-        if len(self._forwards) == REMEMBERED:
+    def repeats_plain(self, key: Tensor) -> bool:
+        """Ask, on the host, whether the forward with this key, which runs again, was plain.
+
+        If it was, it has now run again.
+        """
+        known = self._known(key)
+        if not known:
             return False
-        limit = SAME * torch.linalg.vector_norm(key)
-        return all(torch.linalg.vector_norm(x.key - key) > limit for x in self._forwards)
+        index, found = self._nearest(known, key)
+        plain = bool(found) and known[int(index)].plain
+        if plain:
+            self._have_run_again(known, index)
+        return plain
 
     def find(self, key: Tensor) -> Tensor:
         """Return the value of the forward with this key; of one not finite NaN.
@@ -79,29 +86,38 @@ class Recall(Referable):
             InvalidValueError: the forward is too long ago; where the host does not wait for the
                 device, NaN comes of it.
         """
-        known = [x for x in reversed(self._forwards) if x.key.shape == key.shape]
-        before = None
-        if self._before is not None and len(self._forwards) < REMEMBERED:
-            before = torch.stack([torch.full_like(key, row) for row in self._before])
+        known = self._known(key)
         if not known:
-            if before is None:
-                raise too_long_ago(REMEMBERED, REMEDY)
-            return before
-        keys, values = torch.stack([x.key for x in known]), torch.stack([x.value for x in known])
-        yes = key.new_ones((), dtype=torch.bool)
-        waits = torch.stack([yes if x.waits is None else x.waits for x in known])
+            raise too_long_ago(REMEMBERED, REMEDY)
+        index, found = self._nearest(known, key)
+        self._have_run_again(known, index)
+        if on_host(key) and not found and key.isfinite().all():
+            raise too_long_ago(REMEMBERED, REMEDY)
+        value = torch.stack([x.value for x in known]).index_select(0, index).squeeze(0)
+        return torch.where(found, value, torch.nan)
+
+    def _known(self, key: Tensor) -> list[_Forward]:
+        return [x for x in reversed(self._forwards) if x.key.shape == key.shape]
+
+    def _nearest(self, known: list[_Forward], key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the position of the forward with this key, of shape (1,), and whether it is."""
+        keys = torch.stack([x.key for x in known])
         # Channels that are not finite do not help to identify the batch.
         norm = partial(torch.linalg.vector_norm, dim=-1)
-        distance = norm(_finite(keys - key))
-        index = ((distance == distance.min()) * (1 + waits.int())).argmax().view(1)
+        distance, size = norm(_finite(keys - key)), norm(_finite(key))
+        near = distance <= distance.min() + TIED * size
+        index = (near * (1 + self._waits(known).int())).argmax().view(1)
+        return index, distance[index] <= SAME * size
+
+    def _waits(self, known: list[_Forward]) -> Tensor:
+        yes = known[0].key.new_ones((), dtype=torch.bool)
+        return torch.stack([yes if x.waits is None else x.waits for x in known])
+
+    def _have_run_again(self, known: list[_Forward], index: Tensor) -> None:
+        waits = self._waits(known)
         waits = waits & (ring_buffer.slots(waits) != index)
         for forward, still in zip(known, waits.unbind(), strict=True):
             forward.waits = still
-        found = distance[index] <= SAME * norm(_finite(key))
-        if on_host(key) and before is None and not found and key.isfinite().all():
-            raise too_long_ago(REMEMBERED, REMEDY)
-        value = values.index_select(0, index).squeeze(0)
-        return torch.where(found, value, torch.nan if before is None else before)
 
     def same(self, key: Tensor, value: Tensor) -> Tensor:
         """Return the value of this forward, or of the one that it repeats."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from bnstats.layers.arguments import check_integer, check_limit
 from bnstats.layers.batch import Batch
 from bnstats.layers.ema import EMABatchNorm
-from bnstats.layers.recall import Recall
+from bnstats.layers.recall import REMEMBERED, Recall
+from bnstats.layers.tracking import HALF
 from bnstats.moments import Number
 from bnstats.private import in_backward_pass, on_host, unseen
 from bnstats.reduction import mean_and_m2
@@ -121,7 +122,7 @@ class RenormBatchNorm(EMABatchNorm):
         self.ramp = int(ramp)
         self.max_ratio = float(max_ratio)
         self.max_shift = float(max_shift)
-        self._corrections = Recall(before=(1.0, 0.0))
+        self._corrections = Recall()
 
     def _forward_training(
         self, input: Tensor, running_mean: Tensor, batch: Batch | None = None
@@ -137,16 +138,24 @@ class RenormBatchNorm(EMABatchNorm):
         with unseen():
             if counter is None or not on_host(counter):
                 return False
-            if int(counter) < self.warmup or not in_backward_pass():
-                return int(counter) < self.warmup
-            return self._corrections.begins_after(mean_and_m2(input.detach())[0])
+            num_batches, repeats = int(counter), in_backward_pass()
+            if num_batches + REMEMBERED < self.warmup or repeats == (num_batches < self.warmup):
+                return num_batches < self.warmup
+            mean = mean_and_m2(input.detach())[0]
+            mean = mean.to(torch.float32 if input.dtype in HALF else input.dtype)
+            if repeats:
+                return self._corrections.repeats_plain(mean)
+            # The last ones may run again when the warm-up is over.
+            identity = torch.stack((torch.ones_like(mean), torch.zeros_like(mean)))
+            self._corrections.remember(mean, identity, plain=True)
+            return True
 
     def _weights_of(self, mean: Tensor, var: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias for ``r z + d`` in place of z."""
         weight, bias = self._wide_parameters()
         if self._buffers["running_mean"] is None or not self.track_running_stats:
             return weight, bias  # nothing to follow
-        with torch.no_grad(), unseen():
+        with unseen():
             r, d = self._corrections.same(mean, self._correction(mean, var)).unbind()
         if weight is None:
             return r, d
