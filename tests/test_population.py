@@ -56,6 +56,21 @@ def test_another_models_statistics_are_refused_whole():
         stats.drift_from(narrow)
 
 
+def test_statistics_about_a_mean_are_refused_by_layers_that_keep_theirs_about_zero():
+    data = (torch.randn(64, 4) + 3).split(16)
+    plain = bnstats.measure_population_stats(nn.Sequential(nn.BatchNorm1d(4)), data)
+    model = nn.Sequential(bnstats.MovingAverageBatchNorm1d(4))
+    for use in (
+        lambda: plain.apply_to(model),
+        lambda: plain.drift_from(model),
+        lambda: bnstats.recompute_population_stats(model, data, prior=plain),
+    ):
+        with pytest.raises(LayerMismatchError, match=r"layer '0' .*about zero"):
+            use()
+    assert not model[0].running_mean.any()
+    bnstats.measure_population_stats(model, data).apply_to(model)  # its own
+
+
 def test_a_write_that_fails_is_rolled_back(monkeypatch):
     stats, target = measured(), model()
     write, calls = torch.Tensor.copy_, []

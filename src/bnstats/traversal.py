@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from bnstats.arguments import check_function, check_module
-from bnstats.errors import InvalidTypeError, UnknownLayerError
+from bnstats.errors import InvalidTypeError, LayerMismatchError, UnknownLayerError
 from bnstats.formatting import describe_mapping
 
 T = TypeVar("T")
@@ -161,6 +161,22 @@ def keeps_statistics(module: nn.Module) -> bool:
         and mean.numel() > 0  # pruning may leave no channel
         and isinstance(getattr(module, "eps", None), (int, float))
     )
+
+
+def is_about_zero(layer: nn.Module) -> bool:
+    """Whether a layer keeps its statistics about zero, which any layer may say by a method."""
+    says = getattr(layer, "statistics_about_zero", None)
+    return says is not None and bool(says())
+
+
+def check_center(name: str, layer: nn.Module, mean: Tensor) -> None:
+    """Refuse statistics about a mean for a layer that keeps them about zero: it has no mean."""
+    if is_about_zero(layer) and mean.any():
+        raise LayerMismatchError(
+            f"layer '{name}' ({type(layer).__name__}) keeps its statistics about zero: expected a "
+            "mean of 0 and mean squares, got the mean and variance of another family's layer: "
+            "measure them with this model"
+        )
 
 
 def num_features(layer: nn.Module) -> int:

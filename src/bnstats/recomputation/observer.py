@@ -29,7 +29,7 @@ from bnstats.recomputation.exclusive import check_not_of_loader
 from bnstats.recomputation.samples import masked_moments_of_samples, moments_of_samples
 from bnstats.recomputation.spread import center_near, merged_states, state_of_units
 from bnstats.reduction import Expected, mean_and_m2, wide_dtype
-from bnstats.traversal import modes_kept, num_features
+from bnstats.traversal import is_about_zero, modes_kept, num_features
 
 
 class LayerMoments(NamedTuple):
@@ -90,13 +90,11 @@ class ObservedLayer:
     @classmethod
     def of(cls, name: str, module: _BatchNorm, *, samples: bool = False) -> ObservedLayer:
         """Describe a module, by its own methods where it has them."""
-        statistics_about_zero = getattr(module, "statistics_about_zero", None)
-        about_zero = statistics_about_zero is not None and bool(statistics_about_zero())
-        layer = cls(name, module, about_zero)
+        layer = cls(name, module, is_about_zero(module))
         if not samples:
             return layer
         mean = layer.running_mean.detach().to(wide_dtype(layer.running_mean.device))
-        reference = torch.zeros_like(mean) if about_zero else mean.nan_to_num(0, 0, 0)
+        reference = torch.zeros_like(mean) if layer.about_zero else mean.nan_to_num(0, 0, 0)
         return replace(layer, reference=reference)
 
     @property

@@ -21,7 +21,7 @@ from bnstats.formatting import MAX_ROWS, counted, extent, html_table, remainder,
 from bnstats.recomputation import files
 from bnstats.recomputation.drift import DriftReport, compare
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats, write_all
-from bnstats.traversal import first_names, named_batchnorms, num_features
+from bnstats.traversal import check_center, first_names, named_batchnorms, num_features
 
 _TITLES = ["layer", "channels", "values", "batches", "mean", "variance"]
 
@@ -109,7 +109,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         Layers of the model that are not named here keep theirs, and so does every counter.
 
         Raises:
-            LayerMismatchError: a layer is not in the model, or has other channels.
+            LayerMismatchError: a layer is not in the model, has other channels, or keeps its
+                statistics about zero, which these are not.
             NonFiniteStatisticsError: a half buffer cannot hold a value.
             InvalidValueError: buffers on the meta device, or made in inference mode.
 
@@ -127,7 +128,8 @@ class PopulationStats(Mapping[str, LayerStats]):
         is a table, worst layer first.
 
         Raises:
-            LayerMismatchError: a layer is not in the model, or has other channels.
+            LayerMismatchError: a layer is not in the model, has other channels, or keeps its
+                statistics about zero, which these are not.
         """
         layers = layers_of(self, model)
         running = {name: RunningStats.of(layer) for name, layer in layers.items()}
@@ -234,7 +236,8 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
     """Return the model's layers that these statistics are of.
 
     Raises:
-        LayerMismatchError: a layer is not in the model, or has other channels.
+        LayerMismatchError: a layer is not in the model, has other channels, or keeps its
+                statistics about zero, which these are not.
     """
     layers = named_batchnorms(model, lambda *_: True)
     check_has_values({name: layer for name, layer in layers.items() if name in stats})
@@ -251,6 +254,7 @@ def layers_of(stats: PopulationStats, model: nn.Module) -> dict[str, _BatchNorm]
                 f"layer '{name}': the statistics have {layer.num_features} channels, the "
                 f"model's layer has {channels}"
             )
+        check_center(name, layers[name], layer.mean)
     return {name: layers[name] for name in stats}
 
 

@@ -9,7 +9,7 @@ from bnstats.recomputation.estimators import Estimate
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.shrinkage import shrink
-from bnstats.traversal import first_names
+from bnstats.traversal import check_center, first_names
 
 _FEWEST_SAMPLES = 8
 """With fewer samples, their spread is too uncertain to judge them by."""
@@ -57,6 +57,7 @@ class Prior:
                 f"prior: layer '{layer.name}' has {stats.num_features} channels in the prior, and "
                 f"{layer.num_features} in the model"
             )
+        check_center(layer.name, layer.module, stats.mean)
         if stats.num_samples < 2:
             raise InvalidValueError(
                 f"prior: layer '{layer.name}' comes without the spread between samples, from which "
