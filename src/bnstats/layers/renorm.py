@@ -33,9 +33,10 @@ class RenormBatchNorm(EMABatchNorm):
         d = clip((mean - running_mean) / running_sd, -dmax, dmax)
         z = (x - mean) / sd * r + d
 
-    In the first ``warmup`` forwards it is ``nn.BatchNorm``: rmax is 1, dmax 0. In the ``ramp``
-    forwards after those they go to ``max_ratio`` and ``max_shift``, evenly. Where nothing is
-    clipped the training output is the evaluation output.
+    In the first ``warmup`` forwards it is ``nn.BatchNorm``: rmax is 1, dmax 0; to the bit for small
+    inputs, to float32 rounding for large ones and under a mask. In the ``ramp`` forwards after
+    those they go to ``max_ratio`` and ``max_shift``, evenly. Where nothing is clipped the training
+    output is the evaluation output, to rounding.
 
     It is for batches whose statistics are noisy or not those of the whole data, of some 4 to 16
     samples; for smaller ones see :class:`MovingAverageBatchNorm`. Running statistics are
