@@ -51,9 +51,18 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def no_graphs_of_others():
+    """Torch keeps few graphs of one forward, and no test's are another's."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @each_family
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("value", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.usefixtures("no_graphs_of_others")
 def test_padding_of_any_value_spoils_no_gradient(family, value, way):
     # Attention leaves NaN where a query has nothing to attend to, and masked_fill the least number.
     layer, twin = make(family), make(family)
