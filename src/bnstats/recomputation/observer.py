@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -169,7 +170,8 @@ class ObservedLayer:
 
     def stand_in(self, mean: Tensor, var: Tensor) -> None:
         """Let these tensors take the place of the layer's own running statistics."""
-        self.stand_ins[:] = self.module.running_mean, self.module.running_var = mean, var
+        with _STAND_INS:
+            self.stand_ins[:] = self.module.running_mean, self.module.running_var = mean, var
 
     def _writable_stand_ins(self) -> list[Tensor]:
         if torch.is_grad_enabled():
@@ -179,7 +181,10 @@ class ObservedLayer:
 
     def check_stand_ins(self) -> None:
         """Refuse a forward that runs the layer with other statistics, which are the caller's."""
-        if self.running_mean is not self.stand_ins[0] or self.running_var is not self.stand_ins[1]:
+        with _STAND_INS:
+            now = self.running_mean, self.running_var
+            others = any(x is not own for x, own in zip(now, self.stand_ins, strict=True))
+        if others:
             raise InvalidValueError(
                 f"layer '{self.name}' ({type(self.module).__name__}): expected a forward that runs "
                 "the layer with its own running_mean and running_var, and got others in their "
@@ -187,6 +192,9 @@ class ObservedLayer:
                 "or leave the layer out by include"
             )
 
+
+# Held while stand-ins change: a forward may run a layer in several threads, which is refused later.
+_STAND_INS = Lock()
 
 OnInput = Callable[[ObservedLayer, Tensor], None]
 """Called with a layer and its input before the layer runs."""
