@@ -15,7 +15,8 @@ import cases
 from bnstats.conversion.change import own_options
 from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN
 from bnstats.conversion.run import Target
-from bnstats.recomputation.run import METHODS, MethodName
+from bnstats.recomputation.methods import METHODS
+from bnstats.recomputation.run import MethodName
 
 SCRIPT = """\
 import bnstats

@@ -17,7 +17,7 @@ from torch import nn
 from bnstats import PopulationStats
 from bnstats.cli.callables import find
 from bnstats.errors import InvalidTypeError, InvalidValueError
-from bnstats.recomputation.run import METHODS
+from bnstats.recomputation.methods import METHODS
 
 EPILOG = """\
 MODEL and LOADER are called without arguments, and found from the current folder too:

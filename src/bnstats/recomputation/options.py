@@ -46,8 +46,8 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Refuse values that are not documented."""
-    _check_positive_int("max_batches", options.max_batches)
-    _check_positive_int("memory_limit", options.memory_limit)
+    check_positive_int("max_batches", options.max_batches)
+    check_positive_int("memory_limit", options.memory_limit)
     _check_tolerance(options.tolerance)
     if not isinstance(options.correction, Integral) or options.correction not in (0, 1):
         raise InvalidValueError(
@@ -59,10 +59,12 @@ def check_options(options: Options) -> None:
         )
     check_function("forward", options.forward, "model, batch")
     check_function("mask", options.mask, "batch")
+    check_function("include", options.include, "name, module")
     check_downsample(options.downsample)
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def check_positive_int(name: str, value: Any) -> None:
+    """Refuse what is neither a positive integer nor None; ``name`` is the argument's."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -9,36 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from bnstats.distributed import Peers, Sync
-from bnstats.errors import InvalidValueError
 from bnstats.interrupts import Interrupts
 from bnstats.masks import Downsample
-from bnstats.recomputation.collector import one_pass
 from bnstats.recomputation.drift import compare
-from bnstats.recomputation.estimators import Pooled, averaged, moving_average
 from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.layer_stats import RunningStats, write_all
-from bnstats.recomputation.layerwise import layerwise
+from bnstats.recomputation.methods import default_method, method_of
 from bnstats.recomputation.options import Options
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.recalibration import Recalibration
-from bnstats.recomputation.sweeps import sweeps
-from bnstats.recomputation.task import Method, Task, prepare
+from bnstats.recomputation.task import Task, prepare
 from bnstats.traversal import ByLayer, Include, first_names, no_batchnorm
 
 MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
 OnNonfinite: TypeAlias = Literal["raise", "skip"]
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("pooled", one_pass, Pooled, samples=True),
-        Method("batch_average", one_pass, averaged),
-        Method("ema", one_pass, moving_average, merges=False),
-        Method("layerwise", layerwise, Pooled, holds_inputs=True, samples=True, in_order=True),
-        Method("sweeps", sweeps, Pooled, rereads=True, samples=True, in_order=True),
-    )
-}
-"""The one table of methods."""
 
 _NOTHING = torch.empty(0, device="cpu")  # the result of a step that has none
 
@@ -182,7 +166,7 @@ def recompute_population_stats(
         (1973), "Stein's Estimation Rule and Its Competitors".
     """
     options = Options(
-        method=_method(method, prior),
+        method=default_method(prior) if method is None else method,
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -250,7 +234,7 @@ def measure_population_stats(
         True
     """
     options = Options(
-        method=_method(method, prior),
+        method=default_method(prior) if method is None else method,
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -272,21 +256,14 @@ def measure_population_stats(
     return stats
 
 
-def _method(method: str | None, prior: PopulationStats | None) -> str:
-    if method is None:
-        return "pooled" if prior is None else "layerwise"
-    return method
-
-
 def _measure(
     model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
 ) -> tuple[PopulationStats, Task]:
     """Measure, and return the statistics and what was measured."""
-    peers, method = Peers.of(options.sync), options.method
+    peers = Peers.of(options.sync)
     with peers.agreement() as agreement:
-        if not isinstance(method, str) or method not in METHODS:
-            raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
+        method = method_of(options)
+        task = interrupts.call(prepare, model, loader, method, options, peers, interrupts)
         agreement.send(task.description)
     if not task.layers:
         if task.frozen:
@@ -296,5 +273,5 @@ def _measure(
             )
         else:
             task.warnings.append(no_batchnorm(task.model, options.include))
-        return PopulationStats({}, method=method, frozen=task.frozen), task
+        return PopulationStats({}, method=method.name, frozen=task.frozen), task
     return task.method.measure(task), task
