@@ -118,3 +118,44 @@ def test_what_compare_prints_of_two_checkpoints_is_their_drift(capsys):
     kl = (torch.tensor(2.0).log() + 0.5 - 1) / 2 + 16 / 8 / 4
     assert row[:5] == ["0", "2", "1.41", "2", "2"]
     assert float(row[6]) == pytest.approx(float(kl), rel=2e-3)
+
+
+@pytest.fixture
+def two_models():
+    """Return nothing; leave a student, and a file of it and of a teacher, whose mean is 1."""
+    student = trained().state_dict()
+    teacher = {key: x + 1 if "mean" in key else x for key, x in student.items()}
+    torch.save(student, "one.pt")
+    both = {"student.": student, "teacher.": teacher}
+    torch.save({p + key: x for p, state in both.items() for key, x in state.items()}, "two.pt")
+    torch.save(student | {f"ema.{key}": x for key, x in teacher.items()}, "beside.pt")
+
+
+@pytest.mark.usefixtures("two_models")
+@pytest.mark.parametrize(
+    ("files", "option", "prefixes"),
+    [
+        (("two.pt", "one.pt"), "--strip-prefix", "'student.', 'teacher.'"),
+        (("one.pt", "two.pt"), "--other-strip-prefix", "'student.', 'teacher.'"),
+        (("beside.pt", "one.pt"), "--strip-prefix", "'', 'ema.'"),
+    ],
+)
+def test_compare_asks_which_of_two_models_is_meant(capsys, files, option, prefixes):
+    file, other = files if option == "--strip-prefix" else reversed(files)
+    assert main(["compare", *files]) == 2
+    asked = f"{file} has the layers of {other} under 2 prefixes: pass {option} with one of"
+    assert f"{asked} {prefixes}" in capsys.readouterr().err
+    shifts = []
+    for prefix in prefixes.split(", "):
+        assert main(["compare", *files, option, prefix.strip("'.")]) == 0
+        table = capsys.readouterr().out.splitlines()[4:]
+        assert [row.split()[0] for row in table] != []
+        shifts.append(max(float(row.split()[2]) for row in table))
+    assert shifts[0] == 0 < shifts[1]
+
+
+@pytest.mark.usefixtures("two_models")
+def test_a_prefix_that_no_layer_has_is_named(capsys):
+    assert main(["compare", "two.pt", "one.pt", "--strip-prefix", "studnt"]) == 2
+    expected = "--strip-prefix: two.pt has no layer under 'studnt.', it has 'student.1',"
+    assert expected in capsys.readouterr().err
