@@ -224,6 +224,7 @@ def test_a_model_without_values_is_refused_and_told_how_to_get_them():
     with torch.device("meta"):
         empty = network()
     calls = [lambda: recompute(empty, images()), lambda: stats.apply_to(empty)]
+    calls += [lambda: bnstats.diagnose(empty, images()), lambda: bnstats.observe(empty)]
     for call in [*calls, lambda: stats.drift_from(empty)]:
         says = r"layer '1' \(BatchNorm2d\): .* got tensors on the meta device: model.to_empty"
         with pytest.raises(InvalidValueError, match=says):  # copying into them would do nothing

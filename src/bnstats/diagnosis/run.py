@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.arguments import check_function, check_module
+from bnstats.arguments import check_function, check_has_values, check_module
 from bnstats.diagnosis import verdict
 from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
 from bnstats.diagnosis.drifted import distance, explain, not_finite
@@ -94,6 +94,7 @@ def diagnose(
     layers = named_batchnorms(inner, None)
     if not layers:
         return _diagnosis(verdict.NOT_BATCH_NORM, no_batchnorm(inner, None))
+    check_has_values(layers)
     if bad := not_finite(layers):
         return _diagnosis(
             verdict.NOT_FINITE,

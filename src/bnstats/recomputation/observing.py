@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnstats.arguments import check_has_values
 from bnstats.contexts import Context
 from bnstats.distributed import Peers
 from bnstats.errors import InvalidValueError, warn
@@ -67,6 +68,7 @@ def observe(model: nn.Module, include: Include | None = None) -> Context[Observa
 
     Raises:
         InvalidTypeError: not a Module, or a lazy layer not yet materialized.
+        InvalidValueError: a layer on the meta device, where nothing has values.
 
     Warns:
         BnstatsWarning: there is no such layer.
@@ -84,6 +86,7 @@ def observe(model: nn.Module, include: Include | None = None) -> Context[Observa
     layers = named_batchnorms(inner, include)
     if not layers:
         warn(f"{no_batchnorm(inner, include)}: nothing to observe")
+    check_has_values(layers)
     observed = [ObservedLayer.of(name, layer) for name, layer in layers.items()]
     return Context("observe", lambda: _open(Observation(inner, observed)))
 
