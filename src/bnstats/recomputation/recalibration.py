@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -38,13 +38,20 @@ class Recalibration:
     after: PopulationStats
     drift: DriftReport
     _layers: Mapping[str, _BatchNorm]
+    _undone: bool = field(default=False, init=False)
 
     def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit.
+        """Put the running statistics from before back, bit for bit, once.
 
         Raises:
-            InvalidValueError: a layer has none any more; nothing is written.
+            InvalidValueError: a layer has none any more, or they were put back already; nothing
+                is written.
         """
+        if self._undone:  # what the model has learned since would be lost
+            raise InvalidValueError(
+                "undo: expected one call, and this recalibration is undone already; to write "
+                "statistics again, use result.after.apply_to(model), or recalibrate"
+            )
         for name, layer in self._layers.items():
             if layer.running_mean is None or layer.running_var is None:
                 raise InvalidValueError(
@@ -53,6 +60,7 @@ class Recalibration:
                 )
         for name, running in self.before.items():
             running.write_to(self._layers[name])
+        object.__setattr__(self, "_undone", True)  # the rest of it is frozen
 
     def worst_first(self) -> list[str]:
         """Return the layers' names by their mean divergence, the largest first."""
