@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnstats.errors import StatsFileError
+from bnstats.errors import InvalidTypeError, StatsFileError
 
 _FORMAT = "bnstats population statistics"
 _VERSION = 1
@@ -53,7 +53,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     A link stays; the file that it points to is replaced. A pipe or a device (/dev/stdout)
     cannot be replaced, and is written to directly.
     """
-    target = Path(path)
+    target = _path(path)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file to write, got a folder", str(target))
     if target.exists() and not target.is_file():
@@ -75,6 +75,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             part.unlink()
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidTypeError(f"path: expected a str or a path, got {type(path).__name__}")
+    return Path(path)
+
+
 @contextmanager
 def _naming(target: Path, written: Path) -> Iterator[None]:
     """Let errors of writing name the caller's file, not a temporary one, and not none at all."""
@@ -92,7 +98,7 @@ def load(
     path: str | os.PathLike[str], required: Iterable[str], optional: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Values]]:
     """Return the header and each layer's values, of the optional ones those that were saved."""
-    with Path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
+    with _path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
         # Sizes that the file only claims are not allocated.
         if sum(info.file_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
             raise ValueError("it claims to hold more than its own size")

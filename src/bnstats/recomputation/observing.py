@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock, local
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bnstats.arguments import check_has_values
 from bnstats.contexts import Context
 from bnstats.distributed import Peers
-from bnstats.errors import InvalidValueError, warn
+from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.formatting import counted
 from bnstats.hooks import Hook
 from bnstats.interrupts import Interrupts
@@ -120,6 +120,12 @@ class Observation:
     def __repr__(self) -> str:
         forwards = counted(self.num_batches, "forward")
         return f"Observation({forwards} of {counted(len(self._task.layers), 'layer')})"
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidTypeError(
+            "Observation: expected no copy and no pickle of what watches a model: take those of "
+            "its statistics, seen.stats()"
+        )
 
     @property
     def num_batches(self) -> int:

@@ -61,6 +61,22 @@ def check_options(options: Options) -> None:
     check_function("mask", options.mask, "batch")
     check_function("include", options.include, "name, module")
     check_downsample(options.downsample)
+    if options.downsample is not None and options.mask is None:
+        raise InvalidValueError(
+            "downsample: expected None without a mask, which it would be for, got "
+            f"{options.downsample!r}: pass mask, a function mask(batch), too"
+        )
+    _check_device(options.device)
+
+
+def _check_device(device: Any) -> None:
+    try:
+        _ = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValueError(
+            f'device: expected a torch.device or its name, "cpu" or "cuda:0" for example, got '
+            f"{device!r}"
+        ) from error
 
 
 def check_positive_int(name: str, value: Any) -> None:
