@@ -64,6 +64,27 @@ def test_eps_is_the_models(capsys):
     assert "0 with a note" in capsys.readouterr().out
 
 
+def test_a_statistics_file_is_told_from_a_checkpoint_with_the_command_that_takes_it(capsys):
+    bnstats.measure_population_stats(trained(), trainers.loader()).save("stats.npz")
+    inputs = ["job:model", "job:loader", "--checkpoint", "stats.npz", "--output", "out"]
+    for arguments in (["check", "stats.npz"], ["recompute", *inputs], ["measure", *inputs]):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert "stats.npz: expected a checkpoint" in err
+        assert "got a statistics file, as bnstats measure writes it: bnstats compare" in err
+        assert "damaged" not in err
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_checkpoint_is_told_from_a_statistics_file_with_the_command_that_makes_one(capsys, new):
+    torch.save(trained().state_dict(), "in.pt", _use_new_zipfile_serialization=new)
+    arguments = ["job:model", "job:loader", "--checkpoint", "in.pt", "--output", "out.pt"]
+    assert main(["recompute", *arguments, "--prior", "in.pt"]) == 2
+    err = capsys.readouterr().err
+    assert "in.pt: expected a file that PopulationStats.save wrote" in err
+    assert "got a file of torch.save's: bnstats measure" in err
+
+
 def test_a_file_without_batch_norm_is_an_error(capsys):
     assert check(nn.Linear(2, 2).state_dict()) == 2
     assert "no running statistics of any layer" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER
 
 from bnstats.errors import InvalidTypeError, StatsFileError
 
@@ -164,7 +165,24 @@ def malformed(path: str | os.PathLike[str]) -> Iterator[None]:
     # zipfile, zlib, numpy's header parser and json raise a dozen kinds of errors, RecursionError
     # and MemoryError among them: no list of them would be complete.
     except Exception as error:
+        if _is_torchs(path):
+            raise StatsFileError(
+                f"{os.fspath(path)}: expected a file that PopulationStats.save wrote, got a file "
+                "of torch.save's: bnstats measure, or measure_population_stats, makes statistics "
+                "of a model and its data"
+            ) from error
         raise StatsFileError(
             f"{os.fspath(path)}: expected a file that PopulationStats.save wrote (version "
             f"{_VERSION}), and could not read it as one: {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_torchs(path: str | os.PathLike[str]) -> bool:
+    """Whether ``torch.save`` wrote a file, an archive or, before torch 1.6, a row of pickles."""
+    with Path(path).open("rb") as file:
+        if file.read(14) == b"\x80\x02\x8a\n" + MAGIC_NUMBER.to_bytes(10, "little"):
+            return True
+        try:
+            return any(n.endswith("/data.pkl") for n in zipfile.ZipFile(file).namelist())
+        except Exception:  # damaged, or another kind of file
+            return False
