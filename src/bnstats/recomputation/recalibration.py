@@ -12,6 +12,7 @@ from bnstats.formatting import counted
 from bnstats.recomputation.drift import DriftReport, html, shortened, table
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats
 from bnstats.recomputation.population import PopulationStats
+from bnstats.traversal import first_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,8 +76,10 @@ class Recalibration:
             batches = counted(skipped, "batch", "batches")
             head += f", {batches} with non-finite statistics skipped"
         if frozen := self.after.frozen:
-            names = ", ".join(map(repr, frozen))
-            head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
+            head += (
+                "\nleft alone, frozen or in evaluation mode while the model trains: "
+                f"{first_names(frozen)}"
+            )
         if self.after.stderr_is_conditional:
             head += "\nstandard errors are given the statistics of earlier layers"
         if weights := _weights(self.after):
