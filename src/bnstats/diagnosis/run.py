@@ -184,12 +184,11 @@ class _Examination:
             return _diagnosis(*_why_not(error))
         if not population:
             why = "no BatchNorm layer could be measured"
-            if left := population.frozen:
-                why += (
-                    f": {len(left)} are frozen ({first_names(left)}); "
-                    "bnstats.thaw_statistics(model.eval()) lets them be measured"
-                )
-            return _diagnosis(verdict.CANNOT_TELL, why)
+            if not (left := population.frozen):
+                return _diagnosis(verdict.CANNOT_TELL, why)
+            thaw = "bnstats.thaw_statistics(model.eval())"
+            why += f": {len(left)} are frozen ({first_names(left)}); {thaw} lets them be measured"
+            return Diagnosis(verdict.CANNOT_TELL, (why,), f"{thaw}, and diagnose again")
         drift = population.drift_from(self._model)
         cases = self._cases(population, drift)
         aside = self._under_dropout(cases, loader)
