@@ -14,7 +14,7 @@ MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 # A module may import from its own floor's package and from every floor below it.
 FLOORS = [
     {"errors", "formatting", "hooks", "private"},
-    {"arguments", "reduction"},
+    {"arguments", "contexts", "reduction"},
     {"masked_reduction", "moments"},
     {"accumulators", "traversal", "distributed", "interrupts", "masks"},
     {"holding", "freezing"},

@@ -64,6 +64,27 @@ def test_eps_is_the_models(capsys):
     assert "0 with a note" in capsys.readouterr().out
 
 
+def test_a_statistics_file_is_told_from_a_checkpoint_with_the_command_that_takes_it(capsys):
+    bnstats.measure_population_stats(trained(), trainers.loader()).save("stats.npz")
+    inputs = ["job:model", "job:loader", "--checkpoint", "stats.npz", "--output", "out"]
+    for arguments in (["check", "stats.npz"], ["recompute", *inputs], ["measure", *inputs]):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert "stats.npz: expected a checkpoint" in err
+        assert "got a statistics file, as bnstats measure writes it: bnstats compare" in err
+        assert "damaged" not in err
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_checkpoint_is_told_from_a_statistics_file_with_the_command_that_makes_one(capsys, new):
+    torch.save(trained().state_dict(), "in.pt", _use_new_zipfile_serialization=new)
+    arguments = ["job:model", "job:loader", "--checkpoint", "in.pt", "--output", "out.pt"]
+    assert main(["recompute", *arguments, "--prior", "in.pt"]) == 2
+    err = capsys.readouterr().err
+    assert "in.pt: expected a file that PopulationStats.save wrote" in err
+    assert "got a file of torch.save's: bnstats measure" in err
+
+
 def test_a_file_without_batch_norm_is_an_error(capsys):
     assert check(nn.Linear(2, 2).state_dict()) == 2
     assert "no running statistics of any layer" in capsys.readouterr().err
@@ -118,3 +139,44 @@ def test_what_compare_prints_of_two_checkpoints_is_their_drift(capsys):
     kl = (torch.tensor(2.0).log() + 0.5 - 1) / 2 + 16 / 8 / 4
     assert row[:5] == ["0", "2", "1.41", "2", "2"]
     assert float(row[6]) == pytest.approx(float(kl), rel=2e-3)
+
+
+@pytest.fixture
+def two_models():
+    """Return nothing; leave a student, and a file of it and of a teacher, whose mean is 1."""
+    student = trained().state_dict()
+    teacher = {key: x + 1 if "mean" in key else x for key, x in student.items()}
+    torch.save(student, "one.pt")
+    both = {"student.": student, "teacher.": teacher}
+    torch.save({p + key: x for p, state in both.items() for key, x in state.items()}, "two.pt")
+    torch.save(student | {f"ema.{key}": x for key, x in teacher.items()}, "beside.pt")
+
+
+@pytest.mark.usefixtures("two_models")
+@pytest.mark.parametrize(
+    ("files", "option", "prefixes"),
+    [
+        (("two.pt", "one.pt"), "--strip-prefix", "'student.', 'teacher.'"),
+        (("one.pt", "two.pt"), "--other-strip-prefix", "'student.', 'teacher.'"),
+        (("beside.pt", "one.pt"), "--strip-prefix", "'', 'ema.'"),
+    ],
+)
+def test_compare_asks_which_of_two_models_is_meant(capsys, files, option, prefixes):
+    file, other = files if option == "--strip-prefix" else reversed(files)
+    assert main(["compare", *files]) == 2
+    asked = f"{file} has the layers of {other} under 2 prefixes: pass {option} with one of"
+    assert f"{asked} {prefixes}" in capsys.readouterr().err
+    shifts = []
+    for prefix in prefixes.split(", "):
+        assert main(["compare", *files, option, prefix.strip("'.")]) == 0
+        table = capsys.readouterr().out.splitlines()[4:]
+        assert [row.split()[0] for row in table] != []
+        shifts.append(max(float(row.split()[2]) for row in table))
+    assert shifts[0] == 0 < shifts[1]
+
+
+@pytest.mark.usefixtures("two_models")
+def test_a_prefix_that_no_layer_has_is_named(capsys):
+    assert main(["compare", "two.pt", "one.pt", "--strip-prefix", "studnt"]) == 2
+    expected = "--strip-prefix: two.pt has no layer under 'studnt.', it has 'student.1',"
+    assert expected in capsys.readouterr().err

@@ -213,6 +213,23 @@ def test_two_options_that_name_one_file_are_refused_before_any_work(here, capsys
     assert not (here / "x").exists()
 
 
+@pytest.mark.parametrize("command", ["recompute", "measure"])
+@pytest.mark.parametrize("link", [False, True])
+def test_the_priors_statistics_are_not_written_over(here, capsys, command, link):
+    (here / "source.npz").write_bytes(b"the statistics of the training data")
+    same = "source.npz"
+    if link:
+        same = "link.npz"
+        (here / same).symlink_to("source.npz")
+    targets = {"recompute": [("--output", "x", "--stats", same), ("--output", same)]}
+    for options in targets.get(command, [("--output", same)]):
+        arguments = ("no:model", "no:loader", "--checkpoint", "in.pt", *options, "--overwrite")
+        assert run(command, *arguments, "--prior", "source.npz") == 2
+        err = capsys.readouterr().err
+        assert f"bnstats: {options[-2]} and --prior are the same file, {same}" in err
+    assert (here / "source.npz").read_bytes() == b"the statistics of the training data"
+
+
 def test_a_checkpoint_may_be_replaced_by_itself_recalibrated():
     torch.save(trained().state_dict(), "in.pt")
     arguments = ("job:model", "job:loader", "--checkpoint", "in.pt", "--output", "in.pt")

@@ -287,7 +287,7 @@ def test_drift_shows_the_worst_layers_first_and_no_more_than_asked():
     model = network(nn.BatchNorm1d(3)).append(nn.BatchNorm1d(2))
     model[4].running_mean.fill_(9)
     result = bnstats.recompute_population_stats(model, torch.randn(40, 4).split(8))
-    for worst, names in ((20, ["4", "1"]), (1, ["4"])):
+    for worst, names in ((20, ["4", "1"]), (1, ["4"]), (None, ["4", "1"])):
         shifts, ratios = bnstats.plot_drift(result, worst=worst).axes
         assert [t.get_text() for t in shifts.get_yticklabels()] == names
         np.testing.assert_allclose(shifts.get_lines()[0].get_xdata(), result.drift["4"].mean_shift)

@@ -458,6 +458,7 @@ def test_what_is_frozen_as_a_whole_can_be_thawed():
     diagnosis = bnstats.diagnose(bnstats.freeze_statistics(lagging(loader)), loader)
     assert diagnosis.verdict == "cannot tell"
     assert "bnstats.thaw_statistics(model.eval())" in diagnosis.evidence[0]
+    assert diagnosis.remedy == "bnstats.thaw_statistics(model.eval()), and diagnose again"
 
 
 def test_the_model_is_left_as_it_was(digits):

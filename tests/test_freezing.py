@@ -195,6 +195,18 @@ def test_recalibration_leaves_frozen_layers_alone_and_names_them(method, trainin
     assert [*bnstats.measure_population_stats(model, uneven(), method=method)] == ["1", "5", "8"]
 
 
+@pytest.mark.filterwarnings("ignore:all 116 BatchNorm layers are frozen")
+def test_of_many_frozen_layers_a_result_names_the_first_and_keeps_them_all():
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(116)))
+    bnstats.freeze_statistics(model)
+    result = bnstats.recompute_population_stats(model, [torch.randn(4, 2)])
+    assert len(result.after.frozen) == 116
+    assert max(map(len, str(result).splitlines())) < 120
+    for text in (str(result), repr(result), result._repr_html_().replace("&#x27;", "'")):
+        assert "while the model trains: '0', '1', '2' and 113 more" in text
+        assert "'3'" not in text
+
+
 def test_a_frozen_model_is_exported_as_it_is():
     model = bnstats.freeze_statistics(network(nn.BatchNorm1d)).train()
     model[2].p = 0.0

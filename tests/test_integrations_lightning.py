@@ -342,6 +342,8 @@ def test_mistakes_are_told_before_the_training():
         RecalibrateBatchNorm(methd="pooled")
     with pytest.raises(InvalidValueError, match="every_n_epochs: expected 1 or more"):
         RecalibrateBatchNorm(0)
+    with pytest.raises(InvalidValueError, match="method: expected one of pooled"):
+        RecalibrateBatchNorm(method="layer_wise")
 
 
 def test_a_model_without_batch_norm_trains_with_a_warning(tmp_path):

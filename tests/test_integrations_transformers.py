@@ -163,3 +163,5 @@ def test_a_real_model_of_transformers_is_served(tmp_path):
 def test_mistakes_are_told_before_the_training():
     with pytest.raises(InvalidTypeError, match="no option 'tolerence'; the nearest is 'tol"):
         RecalibrateBatchNorm(tolerence=0.1)
+    with pytest.raises(InvalidTypeError, match="tolerance: expected a number or None, got str"):
+        RecalibrateBatchNorm(tolerance="0.1")

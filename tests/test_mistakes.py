@@ -1,5 +1,7 @@
 """A new user's mistakes: each message says what was expected, what came, and the remedy."""
 
+import copy
+import pickle
 import re
 import warnings
 from functools import partial
@@ -133,6 +135,68 @@ def test_a_forward_takes_the_model_and_the_batch():
         recompute(network(), images(), forward=lambda batch: None)
 
 
+def test_a_model_in_the_place_of_a_forward_is_told_what_a_forward_does():
+    model = network()
+    says = r"forward\(model, batch\) or None, got Sequential\(input\): .*: leave it out, or pass"
+    for function in (recompute, bnstats.measure_population_stats, bnstats.diagnose):
+        with pytest.raises(InvalidTypeError, match=says):
+            function(model, images(), forward=model)
+
+
+class Both(nn.Module):
+    def forward(self, model, batch):
+        return model(batch)
+
+
+def test_a_module_that_takes_the_model_and_the_batch_is_a_forward():
+    assert recompute(network(), images(), forward=Both()).after["1"].num_batches == 3
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", ["cpu"]], ids=str)
+def test_a_device_that_torch_does_not_know_is_named(device):
+    for function in (recompute, bnstats.measure_population_stats, bnstats.diagnose):
+        with pytest.raises(InvalidValueError, match=r"device: expected .*\"cuda:0\".*, got "):
+            function(network(), images(), device=device)
+
+
+def test_a_way_to_downsample_without_a_mask_is_refused():
+    for function in (recompute, bnstats.measure_population_stats):
+        with pytest.raises(InvalidValueError, match="downsample: expected None without a mask"):
+            function(network(), images(), downsample="any")
+
+
+def test_a_path_is_a_string_or_a_path():
+    stats = bnstats.measure_population_stats(network(), images())
+    for call in (stats.save, bnstats.PopulationStats.load):
+        with pytest.raises(InvalidTypeError, match="path: expected a str or a path, got int"):
+            call(3)
+
+
+def test_how_many_layers_to_draw_is_an_integer_or_none():
+    result = recompute(network(), images())
+    with pytest.raises(InvalidTypeError, match="worst: expected an int or None, got str"):
+        bnstats.plot_drift(result, worst="all")
+    with pytest.raises(InvalidValueError, match="worst: expected 1 or more, got 0"):
+        bnstats.plot_drift(result, worst=0)
+
+
+def test_a_number_of_features_is_an_integer():
+    for number in ("a", 2.0, True):
+        with pytest.raises(InvalidTypeError, match="num_features: expected an int, got"):
+            bnstats.Moments.empty(number)
+
+
+@pytest.mark.parametrize("copying", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_an_observation_is_not_copied_and_its_statistics_are(copying):
+    model = network()
+    with bnstats.observe(model) as seen:
+        model(images()[0])
+        with pytest.raises(InvalidTypeError, match=r"Observation: .* seen\.stats\(\)"):
+            copying(seen)
+        assert copying(seen.stats())
+        assert copying(model)
+
+
 @pytest.mark.parametrize(
     "function",
     [lambda *args: True, lambda name, module=None: True, partial(max, 0, key=str), isinstance],
@@ -224,6 +288,7 @@ def test_a_model_without_values_is_refused_and_told_how_to_get_them():
     with torch.device("meta"):
         empty = network()
     calls = [lambda: recompute(empty, images()), lambda: stats.apply_to(empty)]
+    calls += [lambda: bnstats.diagnose(empty, images()), lambda: bnstats.observe(empty)]
     for call in [*calls, lambda: stats.drift_from(empty)]:
         says = r"layer '1' \(BatchNorm2d\): .* got tensors on the meta device: model.to_empty"
         with pytest.raises(InvalidValueError, match=says):  # copying into them would do nothing

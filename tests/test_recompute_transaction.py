@@ -38,6 +38,20 @@ def test_undo_puts_everything_back_bit_for_bit():
     assert_untouched(model, before)
 
 
+def test_a_second_undo_is_an_error_and_a_training_in_between_is_kept():
+    model = trained()
+    result = bnstats.recompute_population_stats(model, uneven())
+    result.undo()
+    model.train()
+    for batch in uneven():
+        model(batch)
+    before = snapshot(model)
+    for undone in (result, copy.copy(result)):
+        with pytest.raises(InvalidValueError, match=r"undo: expected one call, .* undone already"):
+            undone.undo()
+    assert_untouched(model, before)
+
+
 class Failing(nn.Module):
     def __init__(self, error, batch):
         super().__init__()

@@ -15,11 +15,13 @@ import cases
 from bnstats.conversion.change import own_options
 from bnstats.conversion.families import CENTERED, FAMILIES, PLAIN
 from bnstats.conversion.run import Target
-from bnstats.recomputation.methods import METHODS, MethodName
+from bnstats.recomputation.methods import METHODS
+from bnstats.recomputation.run import MethodName
 
 SCRIPT = """\
 import bnstats
-from torch import nn
+from bnstats.integrations.timm import norm_act_layer
+from torch import Tensor, nn
 
 class Net(nn.Module):
     pass
@@ -31,6 +33,17 @@ bnstats.convert_batchnorm(net, "moving_average", window=16, warmup=0, max_ratio=
 result = bnstats.recompute_population_stats(net, loader, method="layerwise", on_nonfinite="skip")
 print(result.drift["a"].kl, result.after.drift_from(net).worst_first())
 print(bnstats.EMABatchNorm2d(3, 1e-5, 0.1, debias=False), bnstats.plot_drift(result))
+make_layer = norm_act_layer("ema", act_layer=nn.SiLU)
+with bnstats.hold_statistics(net), bnstats.observe(net) as seen:
+    print(seen.stats())
+with bnstats.masked(net, loader[0]), bnstats.record_batch_stats(net) as record:
+    print(record["a"].psi)
+
+@bnstats.hold_statistics(net)
+def step(x: Tensor, scale: float = 1) -> Tensor:
+    return x * scale
+
+stepped: Tensor = step(loader[0], scale=2)
 """
 
 MISTAKES = [
@@ -43,6 +56,11 @@ MISTAKES = [
     'bnstats.convert_batchnorm(net, "cumulative", debias=True)',
     'bnstats.convert_batchnorm(net, "ema", include=["layer4"])',
     "bnstats.recompute_population_stats(loader, net)",
+    'norm_act_layer("emma")',
+    'step("x")',
+    "scaled: int = step(loader[0])",
+    "bnstats.hold_statistics(net)(3)",
+    "seen.drift_from(net)",
     "bnstats.EMABatchNorm2d(3, debiased=True)",
     "result.after.apply_to(net.state_dict())",
     "bnstats.estimate_running_error(result)",
@@ -57,7 +75,7 @@ MISTAKES = [
 UNREAD = [
     *("IPython", "matplotlib", "numpy", "sympy", "torch._dynamo", "torch._functorch"),
     *("torch._inductor", "torch.ao", "torch.distributed", "torch.export", "torch.fx"),
-    *("torch.onnx", "torch.testing", "torch.utils.data"),
+    *("torch.onnx", "torch.testing", "torch.utils.data", "timm"),
 ]
 CONFIGURATION = f"""\
 [mypy]

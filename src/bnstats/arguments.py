@@ -89,14 +89,18 @@ def check_function(argument: str, function: object, signature: str) -> None:
         instead = _instead_of_names(function) if "name" in signature else ""
         raise InvalidTypeError(f"{expected} {type(function).__name__}{instead}")
     if mismatch := mismatch_of(function, signature.split(", ")):
-        name = getattr(function, "__name__", type(function).__name__)
-        raise InvalidTypeError(f"{expected} {name}{mismatch}")
+        name, instead = getattr(function, "__name__", type(function).__name__), ""
+        if argument == "forward" and isinstance(function, nn.Module):
+            instead = ": leave it out, or pass lambda model, batch: model(batch)"
+        raise InvalidTypeError(f"{expected} {name}{mismatch}{instead}")
 
 
 def mismatch_of(function: Callable[..., Any], arguments: Iterable[str]) -> str:
     """Return a function's signature and why it does not take these arguments; else nothing."""
     try:
-        known = inspect.signature(function)
+        # (A Module's own signature takes anything.)
+        called = function.forward if isinstance(function, nn.Module) else function
+        known = inspect.signature(called)
     except (TypeError, ValueError):  # a builtin's may not be known
         return ""
     try:

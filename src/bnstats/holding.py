@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
+from bnstats.contexts import Context
 from bnstats.errors import warn
 from bnstats.private import (
     add_unnumbered_hooks,
@@ -25,9 +26,7 @@ from bnstats.private import (
 from bnstats.traversal import Include, named_batchnorms, no_batchnorm
 
 
-def hold_statistics(
-    model: nn.Module, include: Include | None = None
-) -> AbstractContextManager[None]:
+def hold_statistics(model: nn.Module, include: Include | None = None) -> Context[None]:
     """Run training forwards that normalize as they do, and move no running statistic.
 
     A step may run a training forward more than once: sharpness-aware minimization at perturbed
@@ -38,7 +37,9 @@ def hold_statistics(
     context. A layer in evaluation mode does what it does anyway.
 
     Contexts nest, may overlap in any order, and end with an error as without one. A layer is held
-    in all threads, so that replicas of DataParallel are. The result also serves as a decorator.
+    in all threads, so that replicas of DataParallel are. The result may be
+    entered again, in a step's second forward for one. It decorates functions too, but not generator
+    and coroutine functions, whose body runs after the call: use ``with`` inside of those.
 
     Under activation checkpointing, the backward may run after the context is left: the forward
     that it runs again is held too, where it runs eagerly. A layer that is not this package's
@@ -55,7 +56,8 @@ def hold_statistics(
         A context manager, whose value is None.
 
     Raises:
-        InvalidTypeError: not a Module, or a lazy layer not yet materialized.
+        InvalidTypeError: not a Module, or a lazy layer not yet materialized; as a decorator, of
+            what runs after the call.
 
     Warns:
         BnstatsWarning: there is no such layer.
@@ -81,7 +83,7 @@ def hold_statistics(
     layers = named_batchnorms(model, include)
     if not layers:
         warn(f"{no_batchnorm(model, include)}: nothing to hold")
-    return _hold(tuple(layers.values()))
+    return Context("hold_statistics", partial(_hold, tuple(layers.values())))
 
 
 @contextmanager

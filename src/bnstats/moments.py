@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
@@ -183,6 +184,9 @@ class Moments:
     @classmethod
     def empty(cls, num_features: int, *, device: torch.device | str | None = None) -> Moments:
         """Return the moments of no values: the identity of ``merge``."""
+        if isinstance(num_features, bool) or not isinstance(num_features, Integral):
+            got = type(num_features).__name__
+            raise InvalidTypeError(f"num_features: expected an int, got {got}")
         if num_features < 0:
             raise InvalidValueError(f"num_features: expected 0 or more, got {num_features}")
         # (torch.get_default_device raises in torch 2.6 once it was set to None.)

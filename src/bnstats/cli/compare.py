@@ -9,7 +9,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,6 +20,8 @@ from bnstats.formatting import counted
 from bnstats.recomputation.drift import compare, table, worst_first
 from bnstats.recomputation.files import is_stats_file
 from bnstats.traversal import first_names
+
+Statistics: TypeAlias = PopulationStats | dict[str, RunningStats]
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -34,13 +36,24 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("other", type=Path, metavar="OTHER", help="what to compare it with")
     parser.add_argument("--key", help="where the state dict is in FILE, if that is a checkpoint")
     parser.add_argument("--other-key", metavar="KEY", help="where it is in OTHER")
+    parser.add_argument(
+        "--strip-prefix",
+        metavar="PREFIX",
+        help='what stands before the layers\' names in FILE, "student." for example',
+    )
+    parser.add_argument(
+        "--other-strip-prefix", metavar="PREFIX", help="what stands before them in OTHER"
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     """Load both and print a table."""
     other = _load(options.other, options.other_key)
-    mine = _aligned(_load(options.file, options.key), other, options)
+    other = _under(other, options.other, options.other_strip_prefix, "--other-strip-prefix")
+    mine = _load(options.file, options.key)
+    mine = _under(mine, options.file, options.strip_prefix, "--strip-prefix")
+    mine = _aligned(mine, other, options)
     print(f"{counted(len(other), 'BatchNorm layer')}: {options.file} against {options.other}\n")
     if isinstance(other, PopulationStats):
         print(table(other, compare(mine, other)))
@@ -48,13 +61,39 @@ def run(options: argparse.Namespace) -> None:
         print(_without_errors(compare(mine, {name: _known(x) for name, x in other.items()})))
 
 
-def _load(path: Path, key: str | None) -> PopulationStats | dict[str, RunningStats]:
+def _load(path: Path, key: str | None) -> Statistics:
     if is_stats_file(path) or path.suffix == ".npz":
         return PopulationStats.load(path)
     stats = Checkpoint.load(path, key).running_stats()
     if not stats:
         raise LayerMismatchError(f"{path} has no running statistics of any layer")
     return stats
+
+
+def _under(stats: Statistics, path: Path, prefix: str | None, option: str) -> Statistics:
+    """Return the statistics of layers under a prefix, without it."""
+    if not prefix:
+        return stats
+    prefix = f"{prefix.removesuffix('.')}."
+    found: dict[str, Any] = {
+        n.removeprefix(prefix): stats[n] for n in stats if n.startswith(prefix)
+    }
+    if not found:
+        raise LayerMismatchError(
+            f"{option}: {path} has no layer under {prefix!r}, it has {first_names(stats)}"
+        )
+    if isinstance(stats, PopulationStats):
+        return PopulationStats(found, method=stats.method)
+    return found
+
+
+def _check_one_prefix(prefixes: list[str], file: Path, other: Path, option: str) -> None:
+    """Refuse a file that has the other's layers twice, as one of a student and a teacher has."""
+    if len(prefixes) > 1:
+        raise LayerMismatchError(
+            f"{file} has the layers of {other} under {len(prefixes)} prefixes: pass {option} with "
+            f"one of {first_names(prefixes)}"
+        )
 
 
 def _aligned(
@@ -65,9 +104,15 @@ def _aligned(
     One side's names may have a prefix, for example a wrapper's key.
     """
     taken = None
-    for prefix in common_prefixes(other, mine):
+    prefixes = common_prefixes(other, mine)
+    if options.strip_prefix is not None:  # it is off already
+        prefixes = [prefix for prefix in prefixes if not prefix]
+    _check_one_prefix(prefixes, options.file, options.other, "--strip-prefix")
+    for prefix in prefixes:
         taken = {name: mine[prefix + name] for name in other}
-    for prefix in common_prefixes(mine, other):
+    prefixes = [prefix for prefix in common_prefixes(mine, other) if prefix]
+    _check_one_prefix(prefixes, options.other, options.file, "--other-strip-prefix")
+    for prefix in prefixes:
         if len(mine) == len(other):
             taken = {name: mine[name.removeprefix(prefix)] for name in other}
     both_measured = isinstance(mine, PopulationStats) and isinstance(other, PopulationStats)

@@ -137,7 +137,7 @@ def check_targets(options: argparse.Namespace, *names: str, may_replace: str | N
     """
     paths: dict[str, Path] = {n: p for n in names if (p := getattr(options, n)) is not None}
     for name, path in paths.items():
-        others = {**paths, "checkpoint": options.checkpoint}
+        others = {**paths, "checkpoint": options.checkpoint, "prior": options.prior}
         for other, place in others.items():
             if other == name or place is None or (name, other) == (may_replace, "checkpoint"):
                 continue

@@ -14,6 +14,7 @@ import torch
 from torch.serialization import safe_globals
 
 from bnstats.errors import InvalidValueError
+from bnstats.recomputation.files import is_stats_file
 
 _REFUSED = re.compile(
     r"GLOBAL (\S+) (?:was not an allowed global|whose module)|but got <class '([^']+)'>"
@@ -53,6 +54,10 @@ def _instead(path: Path, error: Exception) -> str:
     """Describe a file that is damaged, or no checkpoint of torch.save's at all."""
     if path.suffix == ".safetensors":
         return "one of safetensors: torch.save(safetensors.torch.load_file(path), ...) makes one"
+    if is_stats_file(path):
+        return (
+            "a statistics file, as bnstats measure writes it: bnstats compare takes it, and --prior"
+        )
     found = _UNPICKLER.search(str(error))
     # torch's first line is its advice to trust the file, or a key of no meaning.
     reason = found[1] if found else first_line(error).partition(". ")[0]

@@ -11,6 +11,7 @@ from bnstats.diagnosis.record import BatchStatsRecord
 from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.formatting import counted
 from bnstats.recomputation import DriftReport, PopulationStats, Recalibration
+from bnstats.recomputation.options import check_positive_int
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +76,7 @@ def plot_drift(
     result: Recalibration | DriftReport | PopulationStats,
     model: nn.Module | None = None,
     *,
-    worst: int = 20,
+    worst: int | None = 20,
 ) -> Figure:
     """Draw how far running statistics are from the population's, the worst layers first.
 
@@ -87,14 +88,14 @@ def plot_drift(
         result: of :func:`bnstats.recompute_population_stats`, for what it has changed; of
             ``stats.drift_from(model)``; or the statistics themselves, with a model.
         model: with PopulationStats only: the model whose running statistics are compared with them.
-        worst: the most layers to draw, by their mean KL divergence.
+        worst: the most layers to draw, by their mean KL divergence; None for all.
 
     Returns:
         A matplotlib figure. As the last expression of a notebook's cell it is displayed.
 
     Raises:
         InvalidTypeError: none of these; statistics without a model, or a model beside a result
-            that has its own.
+            that has its own; worst no integer.
         InvalidValueError: a result without layers, or worst below 1.
         LayerMismatchError: a layer is not in the model, or has other channels.
         ImportError: matplotlib is missing.
@@ -107,8 +108,7 @@ def plot_drift(
         ['(running variance + eps)', '/ (population variance + eps)']
     """
     report = _report(result, model)
-    if worst < 1:
-        raise InvalidValueError(f"worst: expected 1 or more, got {worst}")
+    check_positive_int("worst", worst)
     names = report.worst_first()[:worst]
     # Names take room from the panels, which would else be narrower than what stands below them.
     longest = max(map(len, names))

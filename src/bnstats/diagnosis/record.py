@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from bnstats.arguments import check_module
+from bnstats.contexts import reusable
 from bnstats.errors import InvalidTypeError, InvalidValueError, UnknownLayerError
 from bnstats.formatting import counted, describe_mapping
 from bnstats.hooks import Hook, given_input
@@ -137,7 +137,7 @@ class BatchStatsRecord(Mapping[str, LayerRecord]):
         return f"BatchStatsRecord of {counted(len(self), 'layer')}\n{describe_mapping(self)}"
 
 
-@contextmanager
+@reusable
 def record_batch_stats(
     model: nn.Module, layers: Iterable[str] | None = None
 ) -> Iterator[BatchStatsRecord]:

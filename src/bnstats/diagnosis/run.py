@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnstats.arguments import check_function, check_module
+from bnstats.arguments import check_function, check_has_values, check_module
 from bnstats.diagnosis import verdict
 from bnstats.diagnosis.causes import Case, Finding, find_cause, why_frozen
 from bnstats.diagnosis.drifted import distance, explain, not_finite
@@ -94,6 +94,7 @@ def diagnose(
     layers = named_batchnorms(inner, None)
     if not layers:
         return _diagnosis(verdict.NOT_BATCH_NORM, no_batchnorm(inner, None))
+    check_has_values(layers)
     if bad := not_finite(layers):
         return _diagnosis(
             verdict.NOT_FINITE,
@@ -183,12 +184,11 @@ class _Examination:
             return _diagnosis(*_why_not(error))
         if not population:
             why = "no BatchNorm layer could be measured"
-            if left := population.frozen:
-                why += (
-                    f": {len(left)} are frozen ({first_names(left)}); "
-                    "bnstats.thaw_statistics(model.eval()) lets them be measured"
-                )
-            return _diagnosis(verdict.CANNOT_TELL, why)
+            if not (left := population.frozen):
+                return _diagnosis(verdict.CANNOT_TELL, why)
+            thaw = "bnstats.thaw_statistics(model.eval())"
+            why += f": {len(left)} are frozen ({first_names(left)}); {thaw} lets them be measured"
+            return Diagnosis(verdict.CANNOT_TELL, (why,), f"{thaw}, and diagnose again")
         drift = population.drift_from(self._model)
         cases = self._cases(population, drift)
         aside = self._under_dropout(cases, loader)

@@ -41,15 +41,16 @@ class RecalibrateBatchNorm(Recalibrator, Callback):
         averaged_models: averages of weights that no callback keeps.
         options: those of :func:`bnstats.recompute_population_stats`. By default
             ``max_batches=200, tolerance=0.01``: as few batches as give each layer's statistics
-            to a hundredth, and at most 200.
+            to a hundredth, and at most 200; with a prior, which takes no tolerance, 200.
 
     Attributes:
         result: the last :class:`bnstats.Recalibration` of the model; None before the first.
 
     Raises:
-        InvalidValueError: an unknown option.
-        InvalidTypeError: at the start of a training with several loaders, of which none was
-            passed, or of a module without ``forward``, where none was passed either.
+        InvalidValueError: an option's value that recompute_population_stats does not take.
+        InvalidTypeError: an unknown option, or a value of another type; at the start of a training
+            with several loaders, of which none was passed, or of a module without ``forward``,
+            where none was passed either.
 
     Example:
         >>> from lightning.pytorch import Trainer

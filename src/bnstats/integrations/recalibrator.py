@@ -17,13 +17,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-from bnstats.errors import InvalidTypeError, InvalidValueError, nearest
+from bnstats.errors import InvalidTypeError, nearest
 from bnstats.private import apart_from_other_readers
 from bnstats.recomputation import Recalibration, recompute_population_stats
+from bnstats.recomputation.methods import default_method, method_of
+from bnstats.recomputation.options import Options, check_positive_int
 from bnstats.traversal import Include, is_average, modes_kept
 
 DEFAULTS = {"max_batches": 200, "tolerance": 0.01}
-"""At most as many batches as fvcore and detectron2 take, and fewer where fewer are enough."""
+"""At most as many batches as fvcore and detectron2 take, and fewer where fewer are enough. A
+prior takes no tolerance."""
 
 Step: TypeAlias = Callable[[Any], Any]
 """What a trainer does to a batch."""
@@ -31,6 +34,8 @@ Step: TypeAlias = Callable[[Any], Any]
 
 class Recalibrator:
     """The base of a trainer's callback, beside that of its framework.
+
+    What it cannot do is an error here, where an epoch of training is not yet lost.
 
     Args:
         every_n_epochs: how often; None for at the end of training alone.
@@ -40,6 +45,10 @@ class Recalibrator:
 
     Attributes:
         result: of the last recalibration of the model itself; None before the first.
+
+    Raises:
+        InvalidTypeError: an unknown option, or a value of another type.
+        InvalidValueError: a value that recompute_population_stats does not take.
     """
 
     def __init__(
@@ -57,15 +66,19 @@ class Recalibrator:
                     f"RecalibrateBatchNorm has no option {name!r}; the nearest is "
                     f"{nearest(name, known)!r}"
                 )
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise InvalidValueError(
-                f"every_n_epochs: expected 1 or more, or None, got {every_n_epochs!r}"
-            )
+        check_positive_int("every_n_epochs", every_n_epochs)
+        prior, method = options.get("prior"), options.get("method")
+        # The weight of a prior follows from the errors that a tolerance would cut short.
+        defaults = DEFAULTS if prior is None else {**DEFAULTS, "tolerance": None}
+        options = {**defaults, **options}
+        method_of(
+            Options(**{**options, "method": default_method(prior) if method is None else method})
+        )
         self.every_n_epochs = every_n_epochs
         self.result: Recalibration | None = None
         self._loader = loader
         self._averaged_models = tuple(averaged_models)
-        self._options = {**DEFAULTS, **options}
+        self._options = options
         self._state: Hashable = None
         self._modes: list[tuple[nn.Module, bool]] = []
 

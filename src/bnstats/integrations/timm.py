@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from bnstats.conversion.run import Target
 from bnstats.errors import InvalidValueError
 
 try:
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-def norm_act_layer(to: str, **options: Any) -> Callable[..., nn.Module]:
+def norm_act_layer(to: Target, **options: Any) -> Callable[..., nn.Module]:
     """Return a function that ``timm.create_model`` takes as its ``norm_layer``.
 
     Args:
@@ -60,9 +61,10 @@ def norm_act_layer(to: str, **options: Any) -> Callable[..., nn.Module]:
         >>> type(model.bn1).__name__
         'EMABatchNormAct2d'
     """
-    cls = None if to == "plain" else activated(to)
+    family: str = to  # a caller's may be any
+    cls = None if family == "plain" else activated(family)
     if cls is None:
-        expected = ", ".join(family for family in FAMILIES if family != "plain")
+        expected = ", ".join(known for known in FAMILIES if known != "plain")
         raise InvalidValueError(f"to: expected one of {expected}, got {to!r}")
 
     # A function, not a class or a partial: timm looks up what classes stand for by their names.

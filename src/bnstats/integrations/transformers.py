@@ -31,13 +31,14 @@ class RecalibrateBatchNorm(Recalibrator, TrainerCallback):
             that updates them.
         options: those of :func:`bnstats.recompute_population_stats`. By default
             ``max_batches=200, tolerance=0.01``: as few batches as give each layer's statistics
-            to a hundredth, and at most 200.
+            to a hundredth, and at most 200; with a prior, which takes no tolerance, 200.
 
     Attributes:
         result: the last :class:`bnstats.Recalibration` of the model; None before the first.
 
     Raises:
-        InvalidValueError: an unknown option.
+        InvalidValueError: an option's value that recompute_population_stats does not take.
+        InvalidTypeError: an unknown option, or a value of another type.
 
     Example:
         >>> from bnstats.integrations.transformers import RecalibrateBatchNorm

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnstats.arguments import check_module
+from bnstats.contexts import reusable
 from bnstats.errors import InvalidValueError
 from bnstats.layers.base import RunningStatsBatchNorm
 from bnstats.masks import Downsample, Mask, check_downsample, check_mask
 from bnstats.traversal import named_layers
 
 
-@contextmanager
+@reusable
 def masked(model: nn.Module, mask: Tensor, downsample: Downsample = None) -> Iterator[None]:
     """Let padding count for nothing in the batch statistics of a model's layers.
 

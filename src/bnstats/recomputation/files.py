@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER
 
-from bnstats.errors import StatsFileError
+from bnstats.errors import InvalidTypeError, StatsFileError
 
 _FORMAT = "bnstats population statistics"
 _VERSION = 1
@@ -53,7 +54,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     A link stays; the file that it points to is replaced. A pipe or a device (/dev/stdout)
     cannot be replaced, and is written to directly.
     """
-    target = Path(path)
+    target = _path(path)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "expected a file to write, got a folder", str(target))
     if target.exists() and not target.is_file():
@@ -75,6 +76,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             part.unlink()
 
 
+def _path(path: Any) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidTypeError(f"path: expected a str or a path, got {type(path).__name__}")
+    return Path(path)
+
+
 @contextmanager
 def _naming(target: Path, written: Path) -> Iterator[None]:
     """Let errors of writing name the caller's file, not a temporary one, and not none at all."""
@@ -92,7 +99,7 @@ def load(
     path: str | os.PathLike[str], required: Iterable[str], optional: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Values]]:
     """Return the header and each layer's values, of the optional ones those that were saved."""
-    with Path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
+    with _path(path).open("rb") as file, malformed(path), zipfile.ZipFile(file) as archive:
         # Sizes that the file only claims are not allocated.
         if sum(info.file_size for info in archive.infolist()) > os.fstat(file.fileno()).st_size:
             raise ValueError("it claims to hold more than its own size")
@@ -158,7 +165,24 @@ def malformed(path: str | os.PathLike[str]) -> Iterator[None]:
     # zipfile, zlib, numpy's header parser and json raise a dozen kinds of errors, RecursionError
     # and MemoryError among them: no list of them would be complete.
     except Exception as error:
+        if _is_torchs(path):
+            raise StatsFileError(
+                f"{os.fspath(path)}: expected a file that PopulationStats.save wrote, got a file "
+                "of torch.save's: bnstats measure, or measure_population_stats, makes statistics "
+                "of a model and its data"
+            ) from error
         raise StatsFileError(
             f"{os.fspath(path)}: expected a file that PopulationStats.save wrote (version "
             f"{_VERSION}), and could not read it as one: {type(error).__name__}: {error}"
         ) from error
+
+
+def _is_torchs(path: str | os.PathLike[str]) -> bool:
+    """Whether ``torch.save`` wrote a file, an archive or, before torch 1.6, a row of pickles."""
+    with Path(path).open("rb") as file:
+        if file.read(14) == b"\x80\x02\x8a\n" + MAGIC_NUMBER.to_bytes(10, "little"):
+            return True
+        try:
+            return any(n.endswith("/data.pkl") for n in zipfile.ZipFile(file).namelist())
+        except Exception:  # damaged, or another kind of file
+            return False

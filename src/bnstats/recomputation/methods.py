@@ -1,30 +1,17 @@
-"""The methods of measurement, and what one measurement is."""
+"""The methods of measuring, and the checks of what a caller asks of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from torch import nn
-
-from bnstats.distributed import Peers
-from bnstats.errors import InvalidValueError
-from bnstats.interrupts import Interrupts
+from bnstats.errors import InvalidTypeError, InvalidValueError
 from bnstats.recomputation.collector import one_pass
 from bnstats.recomputation.estimators import Pooled, averaged, moving_average
-from bnstats.recomputation.exclusive import exclusively
 from bnstats.recomputation.layerwise import layerwise
-from bnstats.recomputation.options import Options
-from bnstats.recomputation.own_tensors import buffers_kept_on_failure
+from bnstats.recomputation.options import Options, check_options
 from bnstats.recomputation.population import PopulationStats
-from bnstats.recomputation.preparation import prepare
 from bnstats.recomputation.sweeps import sweeps
-from bnstats.recomputation.task import Method, Task
-from bnstats.traversal import first_names, no_batchnorm
-
-MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
-OnNonfinite: TypeAlias = Literal["raise", "skip"]
+from bnstats.recomputation.task import Method
 
 METHODS = {
     method.name: method
@@ -39,42 +26,51 @@ METHODS = {
 """The one table of methods."""
 
 
-def method_name(method: str | None, prior: PopulationStats | None) -> str:
-    """Return the method, or that which is the default."""
-    if method is None:
-        return "pooled" if prior is None else "layerwise"
+def default_method(prior: PopulationStats | None) -> str:
+    """Return the method of a caller who names none."""
+    return "pooled" if prior is None else "layerwise"
+
+
+def method_of(options: Options) -> Method:
+    """Return the method, once all options are known to be valid together.
+
+    No model and no data are needed: a callback asks before a training begins.
+
+    Raises:
+        InvalidValueError: an unknown method or value, or options that exclude each other.
+        InvalidTypeError: a value of another type.
+    """
+    name: Any = options.method
+    if not isinstance(name, str) or name not in METHODS:
+        raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    check_options(options)
+    _check_prior(method, options)
+    if options.memory_limit is not None and not method.holds_inputs:
+        raise InvalidValueError(
+            f'memory_limit: only method="layerwise" holds activations, got it for "{name}"'
+        )
     return method
 
 
-def prepared(
-    model: nn.Module, loader: Iterable[Any], options: Options, interrupts: Interrupts
-) -> Task:
-    """Return the task, on which all processes agree."""
-    peers, method = Peers.of(options.sync), options.method
-    with peers.agreement() as agreement:
-        if not isinstance(method, str) or method not in METHODS:
-            raise InvalidValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-        task = interrupts.call(prepare, model, loader, METHODS[method], options, peers, interrupts)
-        agreement.send(task.description)
-    return task
-
-
-@contextmanager
-def transaction(task: Task) -> Iterator[None]:
-    """Let nothing else measure the model meanwhile, and keep its own buffers if anything fails."""
-    with exclusively(task.model), buffers_kept_on_failure(task.model, task.layers):
-        yield
-
-
-def measured(task: Task) -> PopulationStats:
-    """Return the statistics of the task's layers."""
-    if task.layers:
-        return task.method.measure(task)
-    if task.frozen:
-        task.warnings.append(
-            f"all {len(task.frozen)} BatchNorm layers are frozen, or in evaluation mode while "
-            f"the model trains, and are left alone: {first_names(task.frozen)}"
+def _check_prior(method: Method, options: Options) -> None:
+    """Refuse what is no prior, or cannot be done together with one."""
+    prior: Any = options.prior
+    if prior is None:
+        return
+    if not isinstance(prior, PopulationStats):
+        raise InvalidTypeError(
+            f"prior: expected PopulationStats of the training data, got {type(prior).__name__}; "
+            "measure_population_stats(model, train_loader) returns them, and "
+            "PopulationStats.load reads a file of them"
         )
-    else:
-        task.warnings.append(no_batchnorm(task.model, task.options.include))
-    return PopulationStats({}, method=task.method.name, frozen=task.frozen)
+    if not method.in_order:
+        raise InvalidValueError(
+            "prior: each layer is to be measured behind layers that are adapted already: expected "
+            f'method="layerwise" (the default with a prior) or "sweeps", got "{method.name}"'
+        )
+    if options.tolerance is not None:
+        raise InvalidValueError(
+            "tolerance: expected None with a prior, whose weight already follows from the errors; "
+            "limit what is read by max_batches"
+        )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock, local
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from bnstats.arguments import check_has_values
+from bnstats.contexts import Context
 from bnstats.distributed import Peers
-from bnstats.errors import InvalidValueError, warn
+from bnstats.errors import InvalidTypeError, InvalidValueError, warn
 from bnstats.formatting import counted
 from bnstats.hooks import Hook
 from bnstats.interrupts import Interrupts
@@ -32,9 +34,7 @@ from bnstats.traversal import Include, named_batchnorms, no_batchnorm, unwrap
 _METHOD = Method("pooled", one_pass, Pooled)
 
 
-def observe(
-    model: nn.Module, include: Include | None = None
-) -> AbstractContextManager[Observation]:
+def observe(model: nn.Module, include: Include | None = None) -> Context[Observation]:
     """Take the statistics of what BatchNorm layers are given in forwards that you run.
 
     For forwards that no loader describes: a serving loop, an optimizer with a pass of its own
@@ -63,10 +63,12 @@ def observe(
             with running statistics. Frozen ones are observed too.
 
     Returns:
-        A context manager, whose value has ``stats()``, in the context and after it.
+        A context manager, whose value has ``stats()``, in the context and after it. Entered again,
+        it has a new one.
 
     Raises:
         InvalidTypeError: not a Module, or a lazy layer not yet materialized.
+        InvalidValueError: a layer on the meta device, where nothing has values.
 
     Warns:
         BnstatsWarning: there is no such layer.
@@ -84,7 +86,9 @@ def observe(
     layers = named_batchnorms(inner, include)
     if not layers:
         warn(f"{no_batchnorm(inner, include)}: nothing to observe")
-    return _open(Observation(inner, [ObservedLayer.of(n, x) for n, x in layers.items()]))
+    check_has_values(layers)
+    observed = [ObservedLayer.of(name, layer) for name, layer in layers.items()]
+    return Context("observe", lambda: _open(Observation(inner, observed)))
 
 
 @contextmanager
@@ -116,6 +120,12 @@ class Observation:
     def __repr__(self) -> str:
         forwards = counted(self.num_batches, "forward")
         return f"Observation({forwards} of {counted(len(self._task.layers), 'layer')})"
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidTypeError(
+            "Observation: expected no copy and no pickle of what watches a model: take those of "
+            "its statistics, seen.stats()"
+        )
 
     @property
     def num_batches(self) -> int:

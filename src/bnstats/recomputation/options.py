@@ -46,8 +46,8 @@ class Options:
 
 def check_options(options: Options) -> None:
     """Refuse values that are not documented."""
-    _check_positive_int("max_batches", options.max_batches)
-    _check_positive_int("memory_limit", options.memory_limit)
+    check_positive_int("max_batches", options.max_batches)
+    check_positive_int("memory_limit", options.memory_limit)
     _check_tolerance(options.tolerance)
     if not isinstance(options.correction, Integral) or options.correction not in (0, 1):
         raise InvalidValueError(
@@ -59,10 +59,28 @@ def check_options(options: Options) -> None:
         )
     check_function("forward", options.forward, "model, batch")
     check_function("mask", options.mask, "batch")
+    check_function("include", options.include, "name, module")
     check_downsample(options.downsample)
+    if options.downsample is not None and options.mask is None:
+        raise InvalidValueError(
+            "downsample: expected None without a mask, which it would be for, got "
+            f"{options.downsample!r}: pass mask, a function mask(batch), too"
+        )
+    _check_device(options.device)
 
 
-def _check_positive_int(name: str, value: Any) -> None:
+def _check_device(device: Any) -> None:
+    try:
+        _ = None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidValueError(
+            f'device: expected a torch.device or its name, "cpu" or "cuda:0" for example, got '
+            f"{device!r}"
+        ) from error
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Refuse what is neither a positive integer nor None; ``name`` is the argument's."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral):

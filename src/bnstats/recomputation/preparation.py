@@ -1,4 +1,4 @@
-"""Checking the arguments of a measurement, and resolving them into a task."""
+"""Checking the model and the loader of a measurement, and resolving all into a task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnstats.recomputation.batches import default_device
 from bnstats.recomputation.forwards import BatchForward, DefaultForward, MaskedForward
 from bnstats.recomputation.loaders import check_loader
 from bnstats.recomputation.observer import ObservedLayer
-from bnstats.recomputation.options import Options, check_options
+from bnstats.recomputation.options import Options
 from bnstats.recomputation.prior import Prior
 from bnstats.recomputation.task import Method, Task
 from bnstats.traversal import check_materialized, named_batchnorms, named_layers, unwrap
@@ -32,13 +32,10 @@ def prepare(
     peers: Peers,
     interrupts: Interrupts,
 ) -> Task:
-    """Check all arguments, and return them as a task."""
+    """Check the model and the loader, and return a task."""
     check_module(model, loader, "model, loader")
     inner = unwrap(model)
     check_all_materialized(inner)
-    check_options(options)
-    check_prior(method, options)
-    check_memory_limit(method, options)
     check_loader(loader, method.name, rereads=method.rereads)
     check_mergeable(method, peers)
     chosen, frozen = choose_layers(inner, method, options)
@@ -88,30 +85,6 @@ def check_all_materialized(model: nn.Module) -> None:
     for name, module in named_layers(model):
         if isinstance(module, LazyModuleMixin):
             check_materialized(name, module)
-
-
-def check_memory_limit(method: Method, options: Options) -> None:
-    """Refuse a limit for methods that hold nothing."""
-    if options.memory_limit is not None and not method.holds_inputs:
-        raise InvalidValueError(
-            f'memory_limit: only method="layerwise" holds activations, got it for "{method.name}"'
-        )
-
-
-def check_prior(method: Method, options: Options) -> None:
-    """Refuse what cannot be done together with a prior."""
-    if options.prior is None:
-        return
-    if not method.in_order:
-        raise InvalidValueError(
-            "prior: each layer is to be measured behind layers that are adapted already: expected "
-            f'method="layerwise" (the default with a prior) or "sweeps", got "{method.name}"'
-        )
-    if options.tolerance is not None:
-        raise InvalidValueError(
-            "tolerance: expected None with a prior, whose weight already follows from the errors; "
-            "limit what is read by max_batches"
-        )
 
 
 def check_own_statistics(layers: Iterable[ObservedLayer]) -> None:

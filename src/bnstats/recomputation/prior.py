@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bnstats.errors import InvalidTypeError, InvalidValueError, LayerMismatchError
+from bnstats.errors import InvalidValueError, LayerMismatchError
 from bnstats.recomputation.estimators import Estimate
 from bnstats.recomputation.observer import ObservedLayer
 from bnstats.recomputation.population import PopulationStats
@@ -27,7 +27,6 @@ class Prior:
         layers: the layers that are measured.
 
     Raises:
-        InvalidTypeError: it is no PopulationStats.
         InvalidValueError: it has no spread between samples.
         LayerMismatchError: it is of another model.
     """
@@ -35,12 +34,6 @@ class Prior:
     def __init__(self, source: PopulationStats, layers: Iterable[ObservedLayer]) -> None:
         self._source = source
         self._spreads: dict[str, tuple[int, float]] = {}
-        if not isinstance(source, PopulationStats):
-            raise InvalidTypeError(
-                "prior: expected PopulationStats of the training data, got "
-                f"{type(source).__name__}; measure_population_stats(model, train_loader) returns "
-                "them, and PopulationStats.load reads a file of them"
-            )
         for layer in layers:
             self._check(layer)
 

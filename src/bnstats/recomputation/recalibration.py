@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,6 +12,7 @@ from bnstats.formatting import counted
 from bnstats.recomputation.drift import DriftReport, html, shortened, table
 from bnstats.recomputation.layer_stats import LayerStats, RunningStats
 from bnstats.recomputation.population import PopulationStats
+from bnstats.traversal import first_names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,13 +39,20 @@ class Recalibration:
     after: PopulationStats
     drift: DriftReport
     _layers: Mapping[str, _BatchNorm]
+    _undone: bool = field(default=False, init=False)
 
     def undo(self) -> None:
-        """Put the running statistics from before back, bit for bit.
+        """Put the running statistics from before back, bit for bit, once.
 
         Raises:
-            InvalidValueError: a layer has none any more; nothing is written.
+            InvalidValueError: a layer has none any more, or they were put back already; nothing
+                is written.
         """
+        if self._undone:  # what the model has learned since would be lost
+            raise InvalidValueError(
+                "undo: expected one call, and this recalibration is undone already; to write "
+                "statistics again, use result.after.apply_to(model), or recalibrate"
+            )
         for name, layer in self._layers.items():
             if layer.running_mean is None or layer.running_var is None:
                 raise InvalidValueError(
@@ -53,6 +61,7 @@ class Recalibration:
                 )
         for name, running in self.before.items():
             running.write_to(self._layers[name])
+        object.__setattr__(self, "_undone", True)  # the rest of it is frozen
 
     def worst_first(self) -> list[str]:
         """Return the layers' names by their mean divergence, the largest first."""
@@ -67,8 +76,10 @@ class Recalibration:
             batches = counted(skipped, "batch", "batches")
             head += f", {batches} with non-finite statistics skipped"
         if frozen := self.after.frozen:
-            names = ", ".join(map(repr, frozen))
-            head += f"\nleft alone, frozen or in evaluation mode while the model trains: {names}"
+            head += (
+                "\nleft alone, frozen or in evaluation mode while the model trains: "
+                f"{first_names(frozen)}"
+            )
         if self.after.stderr_is_conditional:
             head += "\nstandard errors are given the statistics of earlier layers"
         if weights := _weights(self.after):

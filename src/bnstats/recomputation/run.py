@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,16 @@ from bnstats.masks import Downsample
 from bnstats.recomputation.drift import compare
 from bnstats.recomputation.forwards import Forward
 from bnstats.recomputation.layer_stats import RunningStats, write_all
-from bnstats.recomputation.methods import (
-    MethodName,
-    OnNonfinite,
-    measured,
-    method_name,
-    prepared,
-    transaction,
-)
+from bnstats.recomputation.measurement import measured, prepared, transaction
+from bnstats.recomputation.methods import default_method
 from bnstats.recomputation.options import Options
 from bnstats.recomputation.population import PopulationStats
 from bnstats.recomputation.recalibration import Recalibration
 from bnstats.recomputation.task import Task
 from bnstats.traversal import ByLayer, Include
+
+MethodName: TypeAlias = Literal["pooled", "batch_average", "ema", "layerwise", "sweeps"]
+OnNonfinite: TypeAlias = Literal["raise", "skip"]
 
 _NOTHING = torch.empty(0, device="cpu")  # the result of a step that has none
 
@@ -181,7 +178,7 @@ def recompute_population_stats(
         (1973), "Stein's Estimation Rule and Its Competitors".
     """
     options = Options(
-        method=method_name(method, prior),
+        method=default_method(prior) if method is None else method,
         forward=forward,
         device=device,
         max_batches=max_batches,
@@ -255,7 +252,7 @@ def measure_population_stats(
         True
     """
     options = Options(
-        method=method_name(method, prior),
+        method=default_method(prior) if method is None else method,
         forward=forward,
         device=device,
         max_batches=max_batches,
