@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from bnstats.distributed import communicates
@@ -40,13 +40,15 @@ class _NothingMore(BaseException):
     """Ends a forward in which nothing is left to measure; never leaves this module."""
 
 
-def _may_end_early(model: nn.Module) -> bool:
-    """Whether a forward may end in the middle: nothing has to be undone behind a module.
+def _may_end_early(task: Task) -> bool:
+    """Whether a forward may end at a layer: nothing has to be undone behind a module around it.
 
     Sharded modules gather their parameters before a forward and give them back after it, by hooks
     or in a forward of their own; offloaded ones load theirs. None notices that it was cut short.
     """
-    return not communicates(model) and not any(map(has_forward_hooks, model.modules()))
+    layers = {layer.module for layer in task.layers}
+    around = (module for module in task.model.modules() if not layers.isdisjoint(module.modules()))
+    return not communicates(task.model) and not any(map(has_forward_hooks, around))
 
 
 class _Sweeps:
@@ -57,7 +59,7 @@ class _Sweeps:
         self._on_input: OnInput
         self._estimates: dict[ObservedLayer, Estimate] = {}
         self._used: dict[ObservedLayer, tuple[Tensor, Tensor]] = {}
-        self._ends_early = _may_end_early(task.model)
+        self._ends_early = _may_end_early(task)
 
     def run(self) -> PopulationStats:
         """Survey the model in a whole sweep, and then sweep level by level."""
