@@ -31,12 +31,14 @@ _LARGEST_SQUARED_MEAN = 8.0
 """Squared mean over variance above which the fast sums are not trusted: they have a relative
 error of some 2e-7, which the subtraction magnifies by this ratio plus one."""
 
-_FEWEST_GUESSED = 2**21
-"""Values from which on it is guessed whether the sums will cancel: with fewer, that costs more than
-it saves."""
+_MANY = 2**21
+"""Values from which on it pays to guess whether the sums will cancel, and to read in parts."""
 
 _CACHED = 2**17
-"""Values that stay in a core's cache."""
+"""Values that stay in a core's cache while they are written to."""
+
+_CACHED_TO_READ = 2**19
+"""Values that stay in the caches of all cores until they are read again."""
 
 
 _has_float64 = {"cpu": True, "cuda": True, "meta": True}
@@ -154,7 +156,7 @@ def from_rows(x: Tensor, expected: Expected | None = None) -> tuple[Tensor, Tens
     if rows is None:
         return None
     shift = None
-    if expected is not None and x.numel() >= _FEWEST_GUESSED and x.is_contiguous():
+    if expected is not None and x.numel() >= _MANY and x.is_contiguous():
         shift = _shift(*expected)
     mean, m2, cancelling = _from_sums(x, rows, shift)
     if cancelling is not None and _are_many(cancelling) and x.is_contiguous():
@@ -209,7 +211,8 @@ def _sums(rows: Tensor) -> tuple[Tensor, Tensor]:
         sums = torch.stack((samples.sum(0), samples.square().sum(0)))
         total, squares = sums.view(2, *rows.shape[1:]).sum(-1, dtype=torch.float64)
         return total, squares
-    return per_channel(rows.sum(-1, dtype=accumulator(rows))), sums_of_squares(rows)
+    total, squares = sums_of_rows(rows)
+    return per_channel(total), per_channel(squares)
 
 
 def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,6 +241,16 @@ def accumulator(x: Tensor) -> torch.dtype:
 def sums_of_squares(rows: Tensor) -> Tensor:
     """Add up the squares of rows, (N, C, ..., length), per channel; return float64."""
     return per_channel(squares_of_rows(rows))
+
+
+def sums_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up each row, and its squares; of many, in parts that the squares read from the cache."""
+    if rows.numel() < _MANY or not rows.is_contiguous():
+        return rows.sum(-1, dtype=accumulator(rows)), squares_of_rows(rows)
+    parts = rows.flatten(0, -2).split(max(1, _CACHED_TO_READ // rows.shape[-1]))
+    sums = ((part.sum(-1, dtype=accumulator(rows)), squares_of_rows(part)) for part in parts)
+    total, squares = (torch.cat(x).view(rows.shape[:-1]) for x in zip(*sums, strict=True))
+    return total, squares
 
 
 def squares_of_rows(rows: Tensor) -> Tensor:

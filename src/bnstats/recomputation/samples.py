@@ -12,7 +12,7 @@ from bnstats.reduction import (
     accumulator,
     cancelling_channels,
     short_rows,
-    squares_of_rows,
+    sums_of_rows,
     wide_dtype,
 )
 
@@ -35,8 +35,7 @@ def moments_of_samples(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(accumulator(x) if x.is_floating_point() else wide)
         var, mean = torch.var_mean(x, axes, correction=0)
         return mean.to(wide), var.to(wide).mul_(count)
-    total = _per_sample(rows.sum(-1, dtype=accumulator(x)))
-    squares = _per_sample(squares_of_rows(rows))
+    total, squares = map(_per_sample, sums_of_rows(rows))
     mean = total / count
     m2 = torch.addcmul(squares, total, mean, value=-1).clamp_(min=0)
     cancelling = cancelling_channels(squares.sum(0), m2.sum(0))
