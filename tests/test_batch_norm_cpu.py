@@ -222,3 +222,14 @@ class TestLeftToTorch:
             layer = bnstats.EMABatchNorm2d(64)
             assert layer(torch.randn(SHAPES[0])).shape == SHAPES[0]
         assert not taken
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 72, 72), (3, 6, 390, 401), (2, 1, 9, 1 << 17)])
+def test_statistics_of_large_inputs_that_are_read_in_parts_are_those_of_the_definition(shape):
+    x = torch.randn(shape) * 2 + 1
+    assert x.numel() >= reduction._MANY
+    mean, m2 = reduction.mean_and_m2(x)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    var, expected = torch.var_mean(x.double(), axes, correction=0)
+    torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(m2 / (x.numel() // shape[1]), var, rtol=1e-6, atol=0)
