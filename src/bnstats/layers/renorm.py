@@ -142,6 +142,7 @@ class RenormBatchNorm(EMABatchNorm):
             num_batches, repeats = int(counter), in_backward_pass()
             if num_batches + REMEMBERED < self.warmup or repeats == (num_batches < self.warmup):
                 return num_batches < self.warmup
+            self._check_dtype(input)
             mean = mean_and_m2(input.detach())[0]
             mean = mean.to(torch.float32 if input.dtype in HALF else input.dtype)
             if repeats:
