@@ -1,12 +1,15 @@
 """Contexts may be entered again, and decorate functions that run when they are called."""
 
+import contextlib
 import functools
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import bnstats
+from bnstats.contexts import Context
 from bnstats.errors import InvalidTypeError
 
 
@@ -129,3 +132,32 @@ def test_a_decorated_function_keeps_its_name_and_its_result(make):
     for _ in range(2):
         assert step(X, scale=0).abs().max() == 0
     assert hooks(model) == [0, 0, 0]
+
+
+def test_a_function_that_threads_run_at_once_leaves_the_context_that_it_entered():
+    # The first to enter leaves first, as no stack does.
+    left = []
+    first_entered, entered, first_left = (threading.Event() for _ in range(3))
+    names = iter("ab")
+
+    @contextlib.contextmanager
+    def make():
+        name = next(names)
+        yield
+        left.append(name)
+
+    @Context("context", make)
+    def run(is_first):
+        if is_first:
+            first_entered.set()
+            assert entered.wait(10)
+        else:
+            entered.set()
+            assert first_left.wait(10)
+
+    first = threading.Thread(target=lambda: (run(True), first_left.set()))
+    first.start()
+    assert first_entered.wait(10)
+    run(False)
+    first.join()
+    assert left == ["a", "b"]

@@ -288,6 +288,15 @@ def test_a_training_layer_is_exported_in_torchs_operators_alone(family):
 
 
 @each_family
+def test_a_training_layer_is_exported_without_graphs_inside_of_its_graph(family):
+    # Which torch.distributed.pipelining does not take.
+    if not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("this torch does not say that it exports")
+    program = torch.export.export(family.make(2), (torch.randn(4, 3, 5, 5),))
+    assert [*program.graph_module.children()] == []
+
+
+@each_family
 def test_without_affine_there_are_no_parameters(family):
     layer = family.make(1, affine=False)
     assert not [*layer.parameters()]

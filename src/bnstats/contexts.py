@@ -69,7 +69,7 @@ class Context(Generic[_Value]):
 
         @wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
-            with self:
+            with self._make():  # not self: several threads may call it at the same time
                 return function(*args, **kwargs)
 
         return cast("_Function", inside)

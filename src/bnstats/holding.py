@@ -37,9 +37,9 @@ def hold_statistics(model: nn.Module, include: Include | None = None) -> Context
     context. A layer in evaluation mode does what it does anyway.
 
     Contexts nest, may overlap in any order, and end with an error as without one. A layer is held
-    in all threads, so that replicas of DataParallel are. The result may be
-    entered again, in a step's second forward for one. It decorates functions too, but not generator
-    and coroutine functions, whose body runs after the call: use ``with`` inside of those.
+    in all threads, so that replicas of DataParallel are. The result may be entered again, in a
+    step's second forward for one. It decorates functions too, but not generator and coroutine
+    functions, whose body runs after the call: use ``with`` inside of those.
 
     Under activation checkpointing, the backward may run after the context is left: the forward
     that it runs again is held too, where it runs eagerly. A layer that is not this package's

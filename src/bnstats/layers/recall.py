@@ -23,8 +23,8 @@ SAME = 0.01
 are equal to the bit; some kernels add up in an order that varies."""
 
 TIED = 1e-5
-"""Relative difference of distances up to which two forwards are as near: rounding, which depends on
-how the batch's mean was computed."""
+"""Difference of two forwards' distances, relative to the key, up to which both are as near: what
+rounding makes of it depends on how the batch's mean was computed."""
 
 REMEDY = f"run backward at most {REMEMBERED} forwards later"
 

@@ -14,7 +14,7 @@ from bnstats.interrupts import Interrupts
 from bnstats.recomputation.thread_settings import ThreadSettings
 
 _PATIENCE = 0.1
-"""Seconds of waiting for forwards after which a signal is handled, whatever they do."""
+"""Seconds of waiting for forwards after which signals are handled, while the forwards run on."""
 
 
 class _Cancelled(BaseException):

@@ -129,7 +129,7 @@ def _arguments(batch: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if len(inputs) > 1:
             raise InvalidTypeError(
                 f"a batch begins with a {type(first).__name__} of {len(inputs)} floating-point "
-                "tensors or tensors of several axes, and which of them the model takes is not "
+                "tensors, or tensors of several axes, and which of them the model takes is not "
                 "known; pass "
                 "forward=lambda model, batch: ..., for example model(batch[0]) or "
                 "[model(view) for view in batch[0]]"

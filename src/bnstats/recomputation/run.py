@@ -79,7 +79,8 @@ def recompute_population_stats(
       sharded model is refused.
     - ``"sweeps"``: the same fixed point with constant memory. The loader is read again and
       again, and each forward ends as soon as nothing is left to measure: at most about
-      one half of a forward per layer, fewer where layers do not depend on each other. Layers
+      one half of a forward per layer, fewer where layers do not depend on each other. (Where a
+      module around a layer is sharded or has forward hooks, forwards run to their end.) Layers
       that do, for example a layer that is called twice, are swept until nothing changes. A
       loader may shuffle or augment: each layer is then measured on another draw of the data.
       What a model keeps from batch to batch is as the sweeps before have left it, not as in one
